@@ -1,0 +1,70 @@
+"""User functions whose closed-over arrays get their gradient.
+
+`Root(lambda y, x: y - jnp.tanh(weight @ y + x))` closes over `weight`. Under `jax.grad` that is a tracer which a custom
+derivative rule may not capture, and which jaxopt silently treated as a constant. Here the function is traced once, at the call,
+into a jaxpr and the arrays that it captured; they become ordinary inputs of the node.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+
+class _Trace:
+    """A jaxpr that compares equal to another trace of the same function to the same text.
+
+    Equality is what `jax.jit` keys its cache on: an eager caller does not compile again on a second call, and a Python number
+    that the function closes over, and that has changed since, shows in the text and does compile again.
+    """
+
+    def __init__(self, fn, jaxpr, in_tree, out_tree):
+        self.jaxpr, self.in_tree, self.out_tree = jaxpr, in_tree, out_tree
+        self.key = (str(jaxpr), in_tree, out_tree, _identity(fn))
+
+    def __hash__(self):
+        return hash(self.key[:3])
+
+    def __eq__(self, other):
+        return isinstance(other, _Trace) and self.key == other.key
+
+
+def _identity(fn):
+    # The text of a jaxpr does not show the rule behind a custom derivative, so the function itself is compared as well; an
+    # Equinox module by its structure, its arrays being among the captured ones.
+    if isinstance(fn, eqx.Module):
+        static = eqx.filter(fn, eqx.is_array, inverse=True)
+        return jtu.tree_structure(fn), tuple(jtu.tree_leaves(static))
+    return fn
+
+
+class Closed(eqx.Module):
+    """A function with the arrays that it captured as leaves."""
+
+    captured: list[Array]
+    trace: Any = eqx.field(static=True)
+
+    def __call__(self, *args: PyTree) -> PyTree:
+        leaves, in_tree = jtu.tree_flatten(args)
+        assert in_tree == self.trace.in_tree, "A closed function is called with the structure that it was traced for."
+        out = jax.core.eval_jaxpr(self.trace.jaxpr, self.captured, *leaves)
+        return jtu.tree_unflatten(self.trace.out_tree, out)
+
+
+def close(fn: Callable, *args: PyTree) -> Closed:
+    """Traces `fn(*args)` once. Arguments are arrays; `fn` may be a function, a partial or an Equinox module."""
+    if isinstance(fn, Closed):
+        return fn
+    leaves, in_tree = jtu.tree_flatten(args)
+    out_tree = None
+
+    def flat(*leaves):
+        nonlocal out_tree
+        out, out_tree = jtu.tree_flatten(fn(*jtu.tree_unflatten(in_tree, leaves)))
+        return out
+
+    closed = jax.make_jaxpr(flat)(*leaves)
+    return Closed(list(closed.consts), _Trace(fn, closed.jaxpr, in_tree, out_tree))

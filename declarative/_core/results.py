@@ -1,0 +1,32 @@
+"""How a solve can end. Extends optimistix's (which extends lineax's), so any solver's status can be carried unchanged."""
+
+import optimistix as optx
+
+
+class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an Enumeration is extended by subclassing)
+    """Status of one forward solve or of one backward linear solve; compare with `==`, look a message up by `RESULTS[...]`."""
+
+    nonfinite_data = (
+        "The data hold NaN, or the parameters lie outside the node's domain. Look upstream: which layer or record made "
+        "them?"
+    )
+    not_a_solution = (
+        "The solver stopped, but the optimality residual is too large for its answer to be a solution. Tighten the "
+        "solver's `rtol`/`atol`, give a better `y0`, or scale the problem."
+    )
+    infeasible = "The problem has no feasible point."
+    unbounded = "The objective is unbounded below on the feasible set."
+    indefinite = "The problem is not convex where the solver needs it to be."
+    singular_jacobian = (
+        "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
+        "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "
+        "`ImplicitAdjoint(damping=...)`."
+    )
+    inaccurate_backward = (
+        "The backward linear solve gave a finite answer with too large a residual, so the gradient would be wrong. Use "
+        "float64, another `linear_solver`, scale the problem, or `ImplicitAdjoint(damping=...)`."
+    )
+    nonfinite_backward = (
+        "The backward linear solve met NaN or infinity: the optimality function is not differentiable at the solution, "
+        "or the incoming cotangent is not finite."
+    )

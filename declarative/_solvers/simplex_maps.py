@@ -1,0 +1,393 @@
+r"""Softmax, sparsemax and $\alpha$-entmax of one row of scores: one scalar equation, one derivative rule.
+
+**Problem.**     $p^*(z) = \arg\max_p p^\top z + H_\alpha(p)$ subject to $p \ge 0$, $1^\top p = 1$, with the Tsallis entropy
+                 $H_\alpha(p) = \sum_i (p_i - p_i^\alpha) / (\alpha(\alpha - 1))$ ($\alpha \to 1$: Shannon, $-\sum_i p_i \log p_i$)          (P)
+**Optimality.**  $p_i = \exp_\alpha(z_i - \theta)$ (K1), $\sum_i \exp_\alpha(z_i - \theta) - 1 = 0$ (K2), where
+                 $\exp_\alpha(t) = [1 + (\alpha - 1) t]_+^{1/(\alpha - 1)}$ ($\alpha \to 1$: $e^t$).
+                 $\alpha = 1$: softmax, $\theta$ = logsumexp. $\alpha = 2$: sparsemax, its usual threshold is $\tau = \theta - 1$.
+                 $\alpha = 1.5$: entmax15. In general the usual threshold is $\tau = (\alpha - 1)\theta - 1$.
+**Solver.**      (K2) is scalar, decreasing and piecewise smooth in $\theta$. No sort: Newton on the Tsallis logarithm of the mass,
+                 $\ln_\alpha m = (m^{\alpha-1} - 1)/(\alpha - 1)$, one read of the row a step; see `_advance`.
+**Gradient.**    Implicit function theorem on (K2). With $s_i = p_i^{2 - \alpha}$ on the support and 0 off it, and
+                 $r_i = \partial p_i / \partial \alpha$ at fixed $\theta$:
+                 $d\theta = (s^\top dz + 1^\top r\, d\alpha) / 1^\top s$  (G1),  $dp = s \circ (dz - d\theta) + r\, d\alpha$  (G2).
+                 Not differentiable in $z$ where some $z_i$ sits on the threshold and $\alpha \ge 2$ (for $\alpha < 2$, not twice):
+                 $s_i = 0$ is used there. For $\alpha > 2$, $s_i$ grows without bound as $p_i \to 0^+$. Every mode and every order.
+
+| symbol             | code       | shape  | meaning                                                        |
+|--------------------|------------|--------|----------------------------------------------------------------|
+| $z$                | `scores`   | `(n,)` | scores, dimensionless                                          |
+| $\theta$           | `theta`    | `()`   | multiplier of $1^\top p = 1$, same units as `scores`           |
+| $M$                | `top`      | `()`   | largest score, clipped to the finite range                     |
+| $\delta$           | `delta`    | `()`   | $\theta - M$, in $[0, (1 - n^{1 - \alpha})/(\alpha - 1)]$      |
+| $\sum_i p_i$       | `mass`     | `()`   | left side of (K2) plus one, at the current $\delta$            |
+| $\sum_i s_i$       | `slope`    | `()`   | minus the derivative of `mass` with respect to $\delta$        |
+| $1[p_i > 0]$       | `support`  | `(n,)` | entries of `p` that are positive                               |
+
+**Reference:** Martins & Astudillo 2016, arXiv:1602.02068 (sparsemax); Peters, Niculae & Martins 2019, arXiv:1905.05702 (entmax);
+Michelot 1986 (the finite iteration of $\alpha = 2$). They sort or bisect; the iteration and its starting point here are ours.
+"""
+
+import functools as ft
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int
+
+_Kind = Literal["softmax", "entmax15", "sparsemax", "general"]
+
+# Rows shorter than this go without the column maxima of `_starting_point`: for them a pass costs no more than the detour.
+_SHORTEST_ROW_WITH_A_DETOUR = 256
+_PIECES = 8  # of a row, see `_row_sums`; 16 is as fast
+
+
+class SimplexMap(NamedTuple):
+    """A row of scores mapped to the simplex. `probabilities` and `theta` are differentiable, the rest is not."""
+
+    probabilities: Float[Array, " n"]
+    theta: Float[Array, ""]
+    steps: Int[Array, ""]  # reads of the whole row by the root finder; 0 for softmax
+    converged: Bool[Array, ""]
+    finite: Bool[Array, ""]
+
+
+def simplex_map(scores: Float[Array, " n"], alpha: float | Float[Array, ""], max_steps: int) -> SimplexMap:
+    r"""Solve (K2) for one row; `jax.vmap` for batches. Lanes that have converged are frozen.
+
+    A Python number `alpha` is static, and 1, 1.5 and 2 then have kernels of their own. An array `alpha` uses the general kernel,
+    which agrees with those three, and has a gradient. `max_steps` bounds the reads of the row.
+
+    **Conventions.** `-inf` is a masked entry: probability 0 and gradient 0. A row of nothing but `-inf`: probabilities 0, `theta` `-inf`,
+    gradient 0, and both flags true. `+inf` entries share the mass equally, `theta` is `inf`, gradient 0. A NaN in the row, or an array
+    `alpha` that is NaN or outside [1, 4]: probabilities, `theta` and derivatives NaN, both flags false, no iteration. A score exactly on
+    the threshold has probability 0 and gradient 0.
+
+    **Returns:** `SimplexMap` in the dtype of `scores` (float32 or float64). Where `max_steps` was reached, `converged` is false and the
+    last iterate is returned.
+    **Raises:** `ValueError` if `scores` is not a non-empty floating vector, if a static `alpha` is outside [1, 4], or if `max_steps` < 1.
+    """
+    if scores.ndim != 1 or scores.size == 0 or not jnp.issubdtype(scores.dtype, jnp.floating):
+        raise ValueError(
+            f"a simplex map needs a non-empty floating vector, got {scores.dtype}{list(scores.shape)}; use jax.vmap for batches"
+        )
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if isinstance(alpha, int | float):
+        if not 1 <= alpha <= 4:
+            raise ValueError(f"alpha must be in [1, 4], got {alpha}")
+        special: dict[float, _Kind] = {1.0: "softmax", 1.5: "entmax15", 2.0: "sparsemax"}
+        kind = special.get(alpha, "general")
+    else:
+        kind = "general"
+    return _map(kind, max_steps, scores, jnp.asarray(alpha).astype(scores.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Solution
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[Array, ""]) -> SimplexMap:
+    highest = float(jnp.finfo(scores.dtype).max)
+    columns = _column_maxima(scores)
+    # Every special value is caught by the maximum, which is needed anyway: no pass over the row looks for them.
+    largest = jnp.max(columns)
+    if kind == "general":
+        largest = jnp.where((alpha >= 1) & (alpha <= 4), largest, jnp.nan)
+    finite = ~jnp.isnan(largest)
+    has_root = finite & (largest > -jnp.inf)
+    # Clipped, so that `_shifted` never forms inf - inf: a +inf score then lies at 0 like any other maximum, the rest at about -highest.
+    top = jnp.clip(largest, -highest, highest)
+    if kind == "softmax":
+        weights = jnp.exp(_shifted(scores, top))
+        total = jnp.sum(weights)
+        probabilities = weights / jnp.where(total == 0, 1, total)
+        delta = jnp.log(jnp.where(has_root, total, 1))
+        steps, converged = jnp.zeros((), jnp.int32), finite
+    else:
+        state = _initial(kind, alpha, scores.size, has_root)
+        if columns is not scores:
+            state = _starting_point(state, _root(kind, max_steps, columns, top, alpha, state))
+        state = _root(kind, max_steps, scores, top, alpha, state)
+        delta, steps, converged = state.delta + state.low, state.steps, state.done & finite
+        probabilities = _exp_alpha(kind, alpha, _shifted(scores, top), state.delta, state.low)
+        probabilities = jnp.where(finite, probabilities, jnp.nan)
+    theta = jnp.where(jnp.isfinite(largest), top + delta, largest)
+    return SimplexMap(probabilities, theta, steps, converged, finite)
+
+
+def _shifted(scores: Float[Array, " n"], top: Float[Array, ""]) -> Float[Array, " n"]:
+    """Scores below their maximum, in [-inf, 0]. Recomputed in every pass: an elementwise operation is free there, a copy is not."""
+    return jnp.minimum(scores - top, 0)
+
+
+def _exp_alpha(
+    kind: _Kind, alpha: Float[Array, ""], x: Float[Array, " n"], delta: Float[Array, ""], low: Float[Array, ""]
+) -> Float[Array, " n"]:
+    """(K1)."""
+    match kind:
+        case "sparsemax":
+            return jnp.maximum(1 + (x - delta), 0)
+        case "entmax15":
+            return jnp.square(jnp.maximum(1 + (x - delta) / 2, 0))
+        case _:
+            return _power(alpha, x, delta, low)[0]
+
+
+def _power(
+    alpha: Float[Array, ""], x: Float[Array, " n"], delta: Float[Array, ""], low: Float[Array, ""]
+) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
+    r"""$p = \exp_\alpha(t)$ and $s = p^{2 - \alpha} = p / v$, where $t = x - \delta$, $v = 1 + (\alpha - 1) t$, for any `alpha` in [1, 4].
+
+    `low` is the part of `delta` below its last digit. A small v is what $\alpha > 2$ amplifies, and there v is computed as
+    $(\alpha - 1)(x - \xi)$, $\xi = \delta - 1/(\alpha - 1)$: the difference of close numbers is exact, the rounding of $\xi$ is the
+    same for all entries, and `low` makes up for it. Near $\alpha = 1$ that would cancel; there v is near 1 and its rounding
+    error, `v_low`, matters instead: $\log(v + v_{low}) = \log v + v_{low}/v$ is the well conditioned log1p.
+    """
+    curvature = alpha - 1
+    far = curvature >= 0.5
+    safe = jnp.where(curvature == 0, 1, curvature)
+    t = jnp.maximum(x - delta, jnp.finfo(x.dtype).min) - low  # bounded: 0 * -inf at alpha = 1
+    u = curvature * t
+    v = jnp.where(far, curvature * ((x - (delta - 1 / safe)) - low), 1 + u)
+    support = v > 0
+    v = jnp.where(support, v, 1)
+    reciprocal = 1 / v
+    v_low = jnp.where(far, 0, u - (v - 1))
+    log_p = jnp.where(curvature == 0, t, (jnp.log(v) + v_low * reciprocal) / safe)
+    p = jnp.where(support, jnp.exp(log_p), 0)
+    return p, p * reciprocal
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Root of (K2)
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+class _State(NamedTuple):
+    delta: Float[Array, ""]  # the iterate is delta + low: in general alpha > 2 amplifies its last digit. Else low = 0.
+    low: Float[Array, ""]
+    below: Float[Array, ""]  # the root is in [iterate - below, iterate + above], up to rounding
+    above: Float[Array, ""]
+    move: Float[Array, ""]  # size of the last move
+    count: Float[Array, ""]  # size of the support at the last iterate
+    exact: Bool[Array, ""]  # the last move solves (K2) if it left the support as it was
+    steps: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
+class _Sums(NamedTuple):
+    mass: Float[Array, ""]
+    slope: Float[Array, ""]
+    count: Float[Array, ""]  # where nothing depends on it (general alpha), 0
+
+
+def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array, ""]) -> _State:
+    # (K2) at delta = 0 is >= 0 (the largest term alone is 1) and at exp_alpha(-delta) = 1/n is <= 0 (no term exceeds 1/n): always a root.
+    match kind:
+        case "sparsemax":
+            upper = jnp.full_like(alpha, 1 - 1 / n)
+        case "entmax15":
+            upper = jnp.full_like(alpha, 2 * (1 - n**-0.5))
+        case _:
+            curvature = alpha - 1
+            safe = jnp.where(curvature == 0, 1, curvature)
+            upper = jnp.where(curvature == 0, float(np.log(n)), -jnp.expm1(-curvature * float(np.log(n))) / safe)
+    zero = jnp.zeros_like(alpha)
+    # Without a root (all masked, or NaN) the lane is done before it starts.
+    return _State(zero, zero, zero, upper, upper, zero - 1, jnp.array(False), jnp.zeros((), jnp.int32), ~has_root)
+
+
+def _column_maxima(scores: Float[Array, " n"]) -> Float[Array, " m"]:
+    """The row itself if it is short; else the row cut into pieces, their elementwise maximum, and what was left over."""
+    n = scores.size
+    if n < _SHORTEST_ROW_WITH_A_DETOUR:
+        return scores
+    pieces = 8 if n < 8192 else 16
+    width = n // pieces
+    columns = jnp.max(scores[: pieces * width].reshape(pieces, width), axis=0)
+    return jnp.concatenate([columns, scores[pieces * width :]])
+
+
+def _starting_point(state: _State, of_columns: _State) -> _State:
+    # The left side of (K2) only grows when scores are added, so the root of a subset of the row is a lower bound of the root; and the
+    # column maxima miss a supporting score only where two share a column. Solved on them, a sixteenth of the row, (K2) is left
+    # with two or three full passes instead of five to ten.
+    delta, low, below = of_columns.delta, of_columns.low, of_columns.below
+    return state._replace(delta=delta, low=low, below=below, above=state.above - delta)
+
+
+def _root(
+    kind: _Kind, max_steps: int, scores: Float[Array, " m"], top: Float[Array, ""], alpha: Float[Array, ""], state: _State
+) -> _State:
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return ~state.done & (state.steps < max_steps)
+
+    def step(state: _State) -> _State:
+        return _advance(kind, alpha, state, _sums(kind, alpha, _shifted(scores, top), state.delta, state.low))
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _sums(
+    kind: _Kind, alpha: Float[Array, ""], x: Float[Array, " m"], delta: Float[Array, ""], low: Float[Array, ""]
+) -> _Sums:
+    one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
+    match kind:
+        case "sparsemax":
+            p = jnp.maximum(1 + (x - delta), 0)
+            mass, count = _row_sums(p, jnp.where(p > 0, one, zero))
+            return _Sums(mass, count, count)
+        case "entmax15":
+            root_p = jnp.maximum(1 + (x - delta) / 2, 0)
+            return _Sums(*_row_sums(jnp.square(root_p), root_p, jnp.where(root_p > 0, one, zero)))
+        case _:
+            return _Sums(*_row_sums(*_power(alpha, x, delta, low)), zero)
+
+
+def _row_sums(*terms: Float[Array, " m"]) -> tuple[Float[Array, ""], ...]:
+    """Several sums over a row in one read of it.
+
+    One reduction with several operands, over pieces of the row that are added element by element: XLA's CPU backend vectorises this.
+    It does neither for plain sums of expressions that share a term: that term is written to memory and read back by each sum, which
+    is three to ten times slower. The partial sums also round less than one long sum.
+    """
+    n = terms[0].size
+    if n < 2 * _PIECES:
+        return tuple(jnp.sum(term) for term in terms)
+    width = n // _PIECES
+    pieces = tuple(term[: _PIECES * width].reshape(_PIECES, width) for term in terms)
+    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
+    partial = jax.lax.reduce(pieces, zeros, lambda x, y: tuple(map(jnp.add, x, y)), (0,))
+    return tuple(jnp.sum(head) + jnp.sum(term[_PIECES * width :]) for head, term in zip(partial, terms, strict=True))
+
+
+def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -> _State:
+    r"""One step to the root from the sums at `state.delta`.
+
+    Newton's method on $\ln_\alpha(\text{mass}) = 0$. Its left side is affine in $\delta$ when all scores are equal, so the step tends to
+    the exact one at $\alpha = 1$ and is the plain Newton step at $\alpha = 2$. For $\alpha \le 2$ it is a norm of $[1 + u]_+$ less a
+    constant, hence convex: Newton's iterates are lower bounds of the root, whatever the point they start from.
+
+    $\alpha = 2$: on a fixed support the step is exact, so a support that did not change ends the iteration (Michelot).
+    $\alpha = 1.5$: on a fixed support mass is a quadratic; its exact root is taken when it is real and in the bracket, else Newton's.
+    $\alpha > 2$: not convex; a step that leaves the bracket, or fails to halve the last one, becomes a bisection.
+    """
+    mass, slope, count = sums
+    slope = jnp.where(slope > 0, slope, 1)  # only in a lane without a root, whose step is dropped
+    eps = float(jnp.finfo(mass.dtype).eps)
+    tol = 4 * eps
+    left = mass >= 1
+    below, above = jnp.where(left, 0, state.below), jnp.where(left, state.above, 0)
+    delta, low = state.delta, state.low
+    match kind:
+        case "sparsemax":
+            move, exact = (mass - 1) / slope, jnp.array(True)
+            settled = jnp.abs(move) <= tol
+            delta = delta + move
+        case "entmax15":
+            # mass(delta + 2h) = count h^2 - 2 slope h + mass on this support; the smaller root, without cancellation.
+            discriminant = slope * slope - count * (mass - 1)
+            move = 2 * (mass - 1) / (slope + jnp.sqrt(jnp.maximum(discriminant, 0)))
+            settled = jnp.abs(move) <= tol
+            below = jnp.minimum(below, -2 * (mass - jnp.sqrt(mass)) / slope)
+            exact = (discriminant >= 0) & (move >= -below) & (move <= above)
+            move = jnp.where(exact, move, -below)
+            delta = delta + move
+        case _:
+            curvature = alpha - 1
+            log_mass = jnp.log(jnp.where(mass > 0, mass, 1))
+            safe = jnp.where(curvature == 0, 1, curvature)
+            tsallis = jnp.where(curvature == 0, log_mass, jnp.expm1(curvature * log_mass) / safe)
+            move, exact = tsallis * jnp.exp((1 - curvature) * log_mass) / slope, jnp.array(False)
+            # alpha > 2: by the residual, because the slope is unbounded there.
+            small = jnp.where(alpha > 2, jnp.abs(mass - 1) <= tol, jnp.abs(move) <= tol * (1 + delta))
+            resolution = jnp.where(alpha > 2, eps * eps, eps * (1 + delta))
+            settled = small | (below + above <= resolution)
+            stuck = (alpha > 2) & (2 * jnp.abs(move) > state.move)
+            bisect = ~settled & (stuck | (move <= -below) | (move >= above))
+            move = jnp.where(bisect, (above - below) / 2, jnp.clip(move, -below, above))
+            delta, low = _two_sum(delta, low + move)
+    done = settled | (state.exact & (count == state.count))
+    # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums, so that p sums to one.
+    return _State(delta, low, below + move, above - move, jnp.abs(move), count, exact, state.steps + 1, done)
+
+
+def _two_sum(a: Float[Array, ""], b: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """a + b rounded, and the rounding error (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Derivative: (G1), (G2). `_map` is called for the primal, so that this rule is itself differentiable, to any order.
+# ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@ft.partial(_map.defjvp, symbolic_zeros=True)
+def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tuple[SimplexMap, SimplexMap]:
+    scores, alpha = primals
+    d_scores, d_alpha = tangents
+    out = _map(kind, max_steps, scores, alpha)
+    p = out.probabilities
+    support = p >= float(jnp.finfo(p.dtype).tiny)  # a subnormal p may or may not be flushed to zero: call it zero
+    s = _sensitivity(kind, alpha, p, support)
+    # 1; 0 in a row with +inf or all masked, which does not move; NaN in a row of NaN. It multiplies the tangents, which costs nothing;
+    # a `where` on s would cost a copy of the row in every backward pass.
+    gate = jnp.where(jnp.isfinite(out.theta), jnp.ones_like(alpha), jnp.where(out.finite, 0, jnp.nan))
+    # (G2) as v - s sum(v) / sum(s), so that its transpose is s (g - sum(s g) / sum(s)): two reads of s and g, nothing stored between.
+    v = jnp.zeros_like(p)
+    if not isinstance(d_scores, SymbolicZero):
+        v = v + s * (gate * d_scores)
+    if not isinstance(d_alpha, SymbolicZero):
+        v = v + _alpha_derivative(alpha, p, support) * (gate * d_alpha)
+    if kind == "softmax":
+        d_theta = jnp.sum(v)  # s = p, which sums to one
+    else:
+        (total,) = _row_sums(s)
+        d_theta = jnp.sum(v) / jnp.where(total > 0, total, 1)
+    d_p = v - s * d_theta
+    zero_steps, zero_flag = np.zeros((), jax.dtypes.float0), np.zeros((), jax.dtypes.float0)
+    return out, SimplexMap(d_p, d_theta, zero_steps, zero_flag, zero_flag)  # pyright: ignore[reportArgumentType]
+
+
+def _sensitivity(
+    kind: _Kind, alpha: Float[Array, ""], p: Float[Array, " n"], support: Bool[Array, " n"]
+) -> Float[Array, " n"]:
+    r"""$s = p^{2 - \alpha}$ on the support. `where` inside and outside: the derivative of a power at p = 0 must not be formed."""
+    match kind:
+        case "softmax":
+            return p
+        case "sparsemax":
+            return jnp.where(support, jnp.ones_like(p), 0)
+        case "entmax15":
+            return jnp.where(support, jnp.sqrt(jnp.where(support, p, 1)), 0)
+        case _:
+            return jnp.where(support, jnp.exp((2 - alpha) * jnp.log(jnp.where(support, p, 1))), 0)
+
+
+def _alpha_derivative(alpha: Float[Array, ""], p: Float[Array, " n"], support: Bool[Array, " n"]) -> Float[Array, " n"]:
+    r"""$r = \partial \exp_\alpha(t) / \partial\alpha$ at fixed $t$, from $p$ alone.
+
+    $\log p = \log(1 + u)/(\alpha - 1)$ gives $r = p\,(u/(1 + u) - \log(1 + u)) / (\alpha - 1)^2$. With $y = -(\alpha - 1) \log p \ge 0$,
+    $\log(1 + u) = -y$ and $u/(1 + u) = 1 - e^y$, so $r = -p (\log p)^2 \psi(y)$, $\psi(y) = (e^y - 1 - y)/y^2$: entire, 1/2 at 0.
+    """
+    log_p = jnp.log(jnp.where(support, p, 1))
+    y = (1 - alpha) * log_p
+    near = y < 0.5
+    series = jnp.zeros_like(y)
+    for k in range(14, -1, -1):  # sum_k y^k / (k + 2)!: the first term left out is below 1e-17 of the sum at y = 1/2
+        series = 1 + series * jnp.where(near, y, 0) / (k + 3)
+    near_value = -p * log_p * log_p * (series / 2)
+    # p e^y = p^{2 - alpha}, in one exponential: e^y alone may overflow.
+    y_safe = jnp.where(near, 1, y)
+    quotient = log_p / y_safe
+    far_value = -(jnp.exp((2 - alpha) * log_p) - p * (1 + y)) * quotient * quotient
+    return jnp.where(support, jnp.where(near, near_value, far_value), 0)
+
+
