@@ -6,6 +6,8 @@ from ._core.adjoint import NeumannAdjoint as NeumannAdjoint
 from ._core.adjoint import OneStepAdjoint as OneStepAdjoint
 from ._core.adjoint import UnrolledAdjoint as UnrolledAdjoint
 from ._core.adjoint import modes as modes
+from ._core.conditions import ConditionsReport as ConditionsReport
+from ._core.conditions import conditions as conditions
 from ._core.failure import SolveError as SolveError
 from ._core.health import Health as Health
 from ._core.health import value_and_grad_with_health as value_and_grad_with_health
@@ -16,3 +18,14 @@ from ._core.node import Policy as Policy
 from ._core.node import Solution as Solution
 from ._core.node import envelope as envelope
 from ._core.results import RESULTS as RESULTS
+from ._losses.fenchel_young import entmax_loss as entmax_loss
+from ._losses.fenchel_young import softmax_loss as softmax_loss
+from ._losses.fenchel_young import sparsemax_loss as sparsemax_loss
+from ._nodes.generic.argmin import Argmin as Argmin
+from ._nodes.generic.fixed_point import FixedPoint as FixedPoint
+from ._nodes.generic.function import implicit as implicit
+from ._nodes.generic.root import Root as Root
+from ._nodes.maps.entmax import Entmax as Entmax
+from ._nodes.maps.simplex import Scores as Scores
+from ._nodes.maps.softmax import Softmax as Softmax
+from ._nodes.maps.sparsemax import Sparsemax as Sparsemax

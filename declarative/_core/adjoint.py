@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import lineax as lx
 import optimistix as optx
-from jaxtyping import PyTree
 
 from . import health
 from .implicit import (

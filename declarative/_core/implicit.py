@@ -178,7 +178,9 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
 def _code(result) -> Int[Array, ""]:
     if result is None:
         return jnp.zeros((), jnp.int32)
-    return jnp.asarray(RESULTS.promote(result)._value).astype(jnp.int32)
+    if result._enumeration is not RESULTS:
+        result = RESULTS.promote(result)
+    return jnp.asarray(result._value).astype(jnp.int32)
 
 
 def _number(member) -> int:

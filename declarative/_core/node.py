@@ -109,7 +109,7 @@ class AbstractDeclarativeNode(eqx.Module):
     - `run(x, y0, loop) -> Run`: any algorithm that finds `y`. Loops that should be unrollable use
       `loop(cond, body, init, max_steps=...)` in place of `jax.lax.while_loop`.
 
-    **It may define** (each has a default): `guess`, `check`, `value`, `dual`, `objective`, `step` (a contraction whose fixed
+    **It may define** (each has a default): `pack`, `check`, `guess`, `value`, `dual`, `objective`, `step` (a contraction whose fixed
     points are the solutions; needed by the Neumann and one-step adjoints), `linear_system` (structure of dF/dy),
     `kink_distance`, and the class attributes `smoothness` and `closed_form` (the derivative of `run` itself is the rule: no
     linear solve, nothing to check).
@@ -149,6 +149,10 @@ class AbstractDeclarativeNode(eqx.Module):
         """The initial unknown from the caller's guess (None if there is none)."""
         del x
         return y0
+
+    def pack(self, x: PyTree) -> PyTree:
+        """The node's data Module from the friendlier forms that it takes."""
+        return x
 
     def check(self, x: PyTree) -> None:
         """Raises `ValueError` for data of the wrong form; sees shapes and dtypes only."""
@@ -212,14 +216,20 @@ def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyT
     return jtu.tree_map(lambda leaf: leaf * jnp.where(ok, 1, jnp.nan).astype(leaf.dtype), value)
 
 
-def _enter(node, x, y0, *, full: bool, throw: bool):
-    half = _half_dtype(x)
-    node, x, y0 = (_working(tree, name) for tree, name in ((node, "node"), (x, "x"), (y0, "y0")))
+def bound_inputs(
+    node: AbstractDeclarativeNode, x: PyTree, y0: PyTree
+) -> tuple[AbstractDeclarativeNode, PyTree, PyTree]:
+    """(node, x, y0) in the working dtype, checked, with the guess completed and user functions closed over their arrays."""
+    node, x, y0 = (_working(tree, name) for tree, name in ((node, "node"), (node.pack(x), "x"), (y0, "y0")))
     node.check(x)
     with health.unobserved():
         y0 = _working(node.guess(x, y0), "y0")
-        node = node.bind(x, y0)
-    inputs = (node, x, y0)
+        return node.bind(x, y0), x, y0
+
+
+def _enter(node, x, y0, *, full: bool, throw: bool):
+    half = _half_dtype(x)
+    inputs = bound_inputs(node, x, y0)
     probe = health.probe_for(type(node).__name__, inputs, _dtype(inputs)) if _solves_linear_system(node) else None
     with health.unobserved():
         out = _solve(inputs, probe, full=full, throw=throw)
@@ -227,9 +237,7 @@ def _enter(node, x, y0, *, full: bool, throw: bool):
         return out
     cast = lambda tree: jtu.tree_map(lambda leaf: leaf.astype(half) if eqx.is_inexact_array(leaf) else leaf, tree)
     if full:
-        return Solution(
-            cast(out.unknown), cast(out.value), cast(out.dual), cast(out.objective), out.result, out.stats
-        )
+        return Solution(cast(out.unknown), cast(out.value), cast(out.dual), cast(out.objective), out.result, out.stats)
     return cast(out[0]), out[1], out[2]
 
 

@@ -95,7 +95,9 @@ def _factor(matrix: Float[Array, "n n"], structures) -> DenseState:
     b = _block(n)
     blocks = jax.vmap(lambda k: jax.lax.dynamic_slice(packed, (k, k), (b, b)))(jnp.arange(0, n, b))
     lower = jax.vmap(_inverse_of_unit_lower)(jnp.tril(blocks, -1))
-    return DenseState(matrix, rows, columns, order, packed, lower, jax.vmap(_inverse_of_upper)(blocks), structures, False)
+    return DenseState(
+        matrix, rows, columns, order, packed, lower, jax.vmap(_inverse_of_upper)(blocks), structures, False
+    )
 
 
 def _block(n: int) -> int:

@@ -153,7 +153,8 @@ def _power(
     safe = jnp.where(curvature == 0, 1, curvature)
     t = jnp.maximum(x - delta, jnp.finfo(x.dtype).min) - low  # bounded: 0 * -inf at alpha = 1
     u = curvature * t
-    v = jnp.where(far, curvature * ((x - (delta - 1 / safe)) - low), 1 + u)
+    xi, xi_low = _two_sum(delta, -1 / safe)
+    v = jnp.where(far, curvature * ((x - xi) - (xi_low + low)), 1 + u)
     support = v > 0
     v = jnp.where(support, v, 1)
     reciprocal = 1 / v

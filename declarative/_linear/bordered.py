@@ -1,0 +1,88 @@
+r"""A diagonal matrix bordered by one row and one column, and its O(n) solve.
+
+$$ \begin{bmatrix} D & c \\ r^\top & \gamma \end{bmatrix} \begin{bmatrix} v \\ \mu \end{bmatrix} = \begin{bmatrix} a \\ \beta \end{bmatrix},
+   \qquad \mu = \frac{\beta - r^\top D^{-1} a}{\gamma - r^\top D^{-1} c}, \quad v = D^{-1}(a - c\mu) \tag{S} $$
+
+The KKT systems of separable problems with one equality constraint are of this form: the simplex maps, and projections onto
+anything cut out by one linear equation. (S) is block elimination on D, with the Schur complement in the denominator.
+"""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+
+class BorderedDiagonal(lx.AbstractLinearOperator):
+    """The operator on vectors of n + 1 entries, the border last."""
+
+    diagonal: Float[Array, " n"]
+    column: Float[Array, " n"]
+    row: Float[Array, " n"]
+    corner: Float[Array, ""]
+
+    def mv(self, vector):
+        v, mu = vector[:-1], vector[-1]
+        return jnp.append(self.diagonal * v + self.column * mu, self.row @ v + self.corner * mu)
+
+    def as_matrix(self):
+        top = jnp.concatenate([jnp.diag(self.diagonal), self.column[:, None]], axis=1)
+        return jnp.concatenate([top, jnp.append(self.row, self.corner)[None, :]], axis=0)
+
+    def transpose(self):
+        return BorderedDiagonal(self.diagonal, self.row, self.column, self.corner)
+
+    def in_structure(self):
+        return jax.ShapeDtypeStruct((self.diagonal.size + 1,), self.diagonal.dtype)
+
+    def out_structure(self):
+        return self.in_structure()
+
+
+class Bordered(lx.AbstractLinearSolver):
+    """(S). A vanishing diagonal entry or Schur complement gives infinities, which lineax reports as singular."""
+
+    def init(self, operator, options):
+        del options
+        if not isinstance(operator, BorderedDiagonal):
+            raise ValueError(f"`Bordered` solves `BorderedDiagonal` systems only, got {type(operator).__name__}.")
+        return operator
+
+    def compute(self, state, vector, options):
+        del options
+        vector, unravel = ravel_pytree(vector)
+        a, beta = vector[:-1] / state.diagonal, vector[-1]
+        c = state.column / state.diagonal
+        mu = (beta - state.row @ a) / (state.corner - state.row @ c)
+        return unravel(jnp.append(a - c * mu, mu)), lx.RESULTS.successful, {}
+
+    def transpose(self, state, options):
+        return state.transpose(), options
+
+    def conj(self, state, options):
+        return state, options  # Real matrices only.
+
+    def assume_full_rank(self):
+        return True
+
+
+# What lineax asks of an operator. It has no further structure to declare, and its entries are its linearisation.
+for _function in (lx.linearise, lx.materialise, lx.conj):
+    _function.register(BorderedDiagonal)(lambda operator: operator)
+for _function in (
+    lx.is_symmetric,
+    lx.is_diagonal,
+    lx.is_tridiagonal,
+    lx.is_lower_triangular,
+    lx.is_upper_triangular,
+    lx.is_positive_semidefinite,
+    lx.is_negative_semidefinite,
+    lx.has_unit_diagonal,
+):
+    _function.register(BorderedDiagonal)(lambda operator: False)
+
+
+@lx.diagonal.register(BorderedDiagonal)
+def _(operator):
+    return jnp.append(operator.diagonal, operator.corner)

@@ -1,0 +1,84 @@
+r"""Fixed point of a user's function.
+
+**Problem.**     $y^*(x)$ with $y^* = T(y^*, x)$                                                                      (P)
+**Optimality.**  $F(y, x) = T(y, x) - y$                                                                             (K1)
+**Solver.**      Picard iteration $y \leftarrow T(y, x)$, which converges where $T(\cdot, x)$ is a contraction.
+**Gradient.**    Implicit function theorem on (K1): $(I - \partial_y T)\,\mathrm dy = \partial_x T\,\mathrm dx$, wherever 1 is no
+                 eigenvalue of $\partial_y T$. `step` is $T$ itself, so every adjoint applies.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import PyTree
+
+from ..._core.adjoint import PlainLoop
+from ..._core.closure import close
+from ..._core.implicit import Run, typical_scale
+from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances
+from .root import check_function, require_guess
+
+
+class FixedPoint(AbstractDeclarativeNode):
+    """A layer that solves `y = fn(y, x)` for `y`. Called as `fixed_point(x, y0=guess)` on one example; `jax.vmap` for batches.
+
+    **Arguments:**
+
+    - `fn`: `fn(y, x) -> y`, shaped like `y`; pytrees of float32 or float64 arrays. Arrays that it closes over, and those of an
+      Equinox module passed as `fn`, get their gradients. It must be forward-differentiable.
+    - `solver`: any optimistix solver that `optx.fixed_point` takes, used verbatim; None: Picard iteration at the tolerance of
+      the dtype.
+    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`.
+    - `throw`, `on_failure`, `max_steps`: see `Policy`.
+
+    **Returns:** `y`, a pytree like `y0`. No gradient flows to `y0` except through `UnrolledAdjoint`.
+    **Raises:** as `Root`.
+    """
+
+    fn: Callable
+    solver: optx.AbstractIterativeSolver | None
+    adjoint: optx.AbstractAdjoint | None
+    policy: Policy
+
+    def __init__(
+        self,
+        fn: Callable[[PyTree, PyTree], PyTree],
+        solver: optx.AbstractIterativeSolver | None = None,
+        adjoint: optx.AbstractAdjoint | None = None,
+        *,
+        policy: Policy | None = None,
+        throw: bool | None = None,
+        on_failure: Literal["nan", "zero"] | None = None,
+        max_steps: int | None = None,
+    ):
+        self.fn = check_function(fn, "fn")
+        self.solver = solver
+        self.adjoint = adjoint
+        self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
+
+    def guess(self, x, y0):
+        return require_guess(self, y0)
+
+    def bind(self, x, y0):
+        return eqx.tree_at(lambda node: node.fn, self, close(self.fn, y0, x))
+
+    def optimality(self, y, x):
+        return jtu.tree_map(jnp.subtract, self.fn(y, x), y)
+
+    def step(self, y, x):
+        return self.fn(y, x)
+
+    def run(self, x, y0, loop):
+        dtype = jnp.result_type(*jtu.tree_leaves(y0))
+        check_rtol(self.solver, dtype)
+        tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
+        solver = optx.FixedPointIteration(tol.solver, tol.solver * scale) if self.solver is None else self.solver
+        out = optx.fixed_point(
+            self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
+        )
+        return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)

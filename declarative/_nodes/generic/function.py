@@ -1,0 +1,72 @@
+"""`declarative.implicit`: the implicit function theorem for a plain function."""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import optimistix as optx
+from jaxtyping import PyTree
+
+from ..._core.closure import close
+from ..._core.implicit import Run
+from ..._core.node import AbstractDeclarativeNode, Policy, evaluate
+from .root import check_function
+
+
+class ImplicitFunction(AbstractDeclarativeNode):
+    """What `declarative.implicit` returns: `function(*args)` for the value, `function.solve(args)` for the `Solution`."""
+
+    condition: Callable
+    algorithm: Callable
+    adjoint: optx.AbstractAdjoint | None
+    policy: Policy
+
+    def __call__(self, *args: PyTree) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Overrides the base class's call to spread the data, as a plain function takes them.
+        return evaluate(self, args)
+
+    def bind(self, x, y0):
+        del y0
+        algorithm = close(self.algorithm, *x)
+        unknown = jax.eval_shape(algorithm, *x)
+        condition = close(self.condition, unknown, *x)
+        return eqx.tree_at(lambda node: (node.condition, node.algorithm), self, (condition, algorithm))
+
+    def optimality(self, y, x):
+        return self.condition(y, *x)
+
+    def run(self, x, y0, loop):
+        del y0, loop
+        return Run(self.algorithm(*x))
+
+
+def implicit(
+    optimality: Callable[..., PyTree], *, adjoint: optx.AbstractAdjoint | None = None, policy: Policy | None = None
+) -> Callable[[Callable], ImplicitFunction]:
+    """Gives a plain solver the derivative of the problem that it solves, and a check of its answer.
+
+        @declarative.implicit(lambda w, A, b: A.T @ (A @ w - b) + w)
+        def ridge(A, b):
+            return jnp.linalg.solve(A.T @ A + jnp.eye(A.shape[1]), A.T @ b)
+
+    **Arguments:**
+
+    - `optimality`: `optimality(y, *args)`, zero at the solution, shaped like `y`, forward-differentiable.
+    - `adjoint`: None: `ImplicitAdjoint()`. An adjoint that differentiates iterations (unrolled, checkpointed) or needs a
+      contraction has nothing to work on here and raises.
+    - `policy`: what to do when `optimality` is not small at the answer, or the gradient's linear solve fails.
+
+    **Returns:** a decorator for `solve(*args) -> y`: any JAX code, never differentiated. Arrays that `optimality` closes over get
+    their gradients, those that only `solve` closes over get none.
+    """
+    check_function(optimality, "optimality")
+    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint) or getattr(adjoint, "unrolls", False):
+        raise ValueError(
+            f"{type(adjoint).__name__} differentiates a node's own iterations; a plain function is differentiated by JAX already. "
+            "Use ImplicitAdjoint(), or drop the decorator."
+        )
+
+    def decorator(solve: Callable[..., PyTree]) -> ImplicitFunction:
+        return ImplicitFunction(optimality, check_function(solve, "solve"), adjoint, policy or Policy())
+
+    return decorator

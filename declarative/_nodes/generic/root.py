@@ -1,0 +1,106 @@
+r"""Root of a user's function.
+
+**Problem.**     $y^*(x)$ with $f(y^*, x) = 0$                                                                        (P)
+**Optimality.**  $F(y, x) = f(y, x)$                                                                                 (K1)
+**Solver.**      Newton, to the tolerance of the dtype, relative to the size of the guess or of the step that $f$ asks for.
+**Gradient.**    Implicit function theorem on (K1), wherever $\partial_y f$ is nonsingular at the root. Any adjoint but the
+                 Neumann and one-step ones: $f$ is not a contraction (use `FixedPoint` for one).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import optimistix as optx
+from jaxtyping import PyTree
+
+from ..._core.adjoint import PlainLoop, default_linear_solver
+from ..._core.closure import close
+from ..._core.implicit import Run, typical_scale
+from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances
+
+
+class Root(AbstractDeclarativeNode):
+    """A layer that solves `fn(y, x) = 0` for `y`. Called as `root(x, y0=guess)` on one example; batches by `jax.vmap`.
+
+    **Arguments:**
+
+    - `fn`: `fn(y, x) -> residual`, shaped like `y`; pytrees of float32 or float64 arrays. Arrays that it closes over, and those
+      of an Equinox module passed as `fn`, get their gradients. It must be forward-differentiable.
+    - `solver`: any optimistix root finder, least-squares solver or minimiser, used verbatim; None: Newton, at the tolerance of
+      the dtype.
+    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`.
+    - `throw`, `on_failure`, `max_steps`: see `Policy`.
+
+    **Returns:** `y`, a pytree like `y0`. No gradient flows to `y0` except through `UnrolledAdjoint`.
+    **Raises:** `ValueError` for a solver `rtol` below the spacing of the dtype, a missing `y0`, complex data; `SolveError` at run
+    time with `throw=True`.
+    """
+
+    fn: Callable
+    solver: optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser | None
+    adjoint: optx.AbstractAdjoint | None
+    policy: Policy
+
+    def __init__(
+        self,
+        fn: Callable[[PyTree, PyTree], PyTree],
+        solver: optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser | None = None,
+        adjoint: optx.AbstractAdjoint | None = None,
+        *,
+        policy: Policy | None = None,
+        throw: bool | None = None,
+        on_failure: Literal["nan", "zero"] | None = None,
+        max_steps: int | None = None,
+    ):
+        self.fn = check_function(fn, "fn")
+        self.solver = solver
+        self.adjoint = adjoint
+        self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
+
+    def guess(self, x, y0):
+        return require_guess(self, y0)
+
+    def bind(self, x, y0):
+        return eqx.tree_at(lambda node: node.fn, self, close(self.fn, y0, x))
+
+    def optimality(self, y, x):
+        return self.fn(y, x)
+
+    def run(self, x, y0, loop):
+        dtype = jnp.result_type(*jtu.tree_leaves(y0))
+        check_rtol(self.solver, dtype)
+        tol, scale = tolerances(dtype), typical_scale(lambda y: self.fn(y, x), y0)
+        solver = newton(tol.solver, scale, y0) if self.solver is None else self.solver
+        out = optx.root_find(
+            self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
+        )
+        return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
+
+
+def newton(rtol: float, scale, y0) -> optx.Newton:
+    """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it."""
+    size = jax.eval_shape(lambda y: jnp.zeros(sum(leaf.size for leaf in jtu.tree_leaves(y)), scale.dtype), y0)
+    return optx.Newton(rtol=rtol, atol=rtol * scale, linear_solver=default_linear_solver(size))
+
+
+def check_function(fn, name: str):
+    if not callable(fn):
+        raise ValueError(f"{name} must be a function of (y, x), got {type(fn).__name__}.")
+    return fn
+
+
+def require_guess(node: AbstractDeclarativeNode, y0: PyTree) -> PyTree:
+    """The guess as inexact arrays."""
+    if y0 is None or not jtu.tree_leaves(y0):
+        raise ValueError(f"{type(node).__name__} needs a guess: call it as `node(x, y0=...)`; y0 fixes the shape of y.")
+
+    def inexact(leaf):
+        leaf = jnp.asarray(leaf)
+        return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(jnp.result_type(float))
+
+    return jtu.tree_map(inexact, y0)
