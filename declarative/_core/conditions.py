@@ -52,7 +52,9 @@ class ConditionsReport(eqx.Module):
         smooth = None if self.smoothness == "not declared" else True
         if self.kink_distance is not None:
             smooth = bool(self.kink_distance > tol.solution)
-        floor = max(float(self.uncertainty), self.unknowns * eps * float(self.sigma_max))
+        # Across a kink the Jacobian jumps, which says nothing about either side of it.
+        moved = 0.0 if smooth is False else float(self.uncertainty)
+        floor = max(moved, self.unknowns * eps * float(self.sigma_max))
         return solved, smooth, bool(self.sigma_min > floor)
 
     def verdict(self) -> str:

@@ -1,31 +1,34 @@
 r"""Softmax, sparsemax and $\alpha$-entmax of one row of scores: one scalar equation, one derivative rule.
 
-**Problem.**     $p^*(z) = \arg\max_p p^\top z + H_\alpha(p)$ subject to $p \ge 0$, $1^\top p = 1$, with the Tsallis entropy
-                 $H_\alpha(p) = \sum_i (p_i - p_i^\alpha) / (\alpha(\alpha - 1))$ ($\alpha \to 1$: Shannon, $-\sum_i p_i \log p_i$)          (P)
+**Problem.**     $p^*(z) = \arg\max_p p^\top z + H_\alpha(p)$ subject to $p \ge 0$, $1^\top p = 1$, with the Tsallis
+                 entropy $H_\alpha(p) = \sum_i (p_i - p_i^\alpha) / (\alpha(\alpha - 1))$, Shannon's as $\alpha \to 1$   (P)
 **Optimality.**  $p_i = \exp_\alpha(z_i - \theta)$ (K1), $\sum_i \exp_\alpha(z_i - \theta) - 1 = 0$ (K2), where
-                 $\exp_\alpha(t) = [1 + (\alpha - 1) t]_+^{1/(\alpha - 1)}$ ($\alpha \to 1$: $e^t$).
-                 $\alpha = 1$: softmax, $\theta$ = logsumexp. $\alpha = 2$: sparsemax, its usual threshold is $\tau = \theta - 1$.
-                 $\alpha = 1.5$: entmax15. In general the usual threshold is $\tau = (\alpha - 1)\theta - 1$.
-**Solver.**      (K2) is scalar, decreasing and piecewise smooth in $\theta$. No sort: Newton on the Tsallis logarithm of the mass,
-                 $\ln_\alpha m = (m^{\alpha-1} - 1)/(\alpha - 1)$, one read of the row a step; see `_advance`.
+                 $\exp_\alpha(t) = [1 + (\alpha - 1) t]_+^{1/(\alpha - 1)}$, $e^t$ as $\alpha \to 1$.
+                 $\alpha = 1$: softmax, $\theta$ = logsumexp. $\alpha = 1.5$: entmax15. $\alpha = 2$: sparsemax, whose usual
+                 threshold is $\theta - 1$; in general the usual one is $(\alpha - 1)\theta - 1$.
+**Solver.**      (K2) is scalar, decreasing and piecewise smooth in $\theta$. No sort: Newton on the Tsallis logarithm of
+                 the mass, $\ln_\alpha m = (m^{\alpha-1} - 1)/(\alpha - 1)$, one read of the row a step; see `_advance`.
 **Gradient.**    Implicit function theorem on (K2). With $s_i = p_i^{2 - \alpha}$ on the support and 0 off it, and
                  $r_i = \partial p_i / \partial \alpha$ at fixed $\theta$:
-                 $d\theta = (s^\top dz + 1^\top r\, d\alpha) / 1^\top s$  (G1),  $dp = s \circ (dz - d\theta) + r\, d\alpha$  (G2).
-                 Not differentiable in $z$ where some $z_i$ sits on the threshold and $\alpha \ge 2$ (for $\alpha < 2$, not twice):
-                 $s_i = 0$ is used there. For $\alpha > 2$, $s_i$ grows without bound as $p_i \to 0^+$. Every mode and every order.
+                 $d\theta = (s^\top dz + 1^\top r\, d\alpha) / 1^\top s$ (G1), $dp = s \circ (dz - d\theta) + r\, d\alpha$ (G2).
+                 Not differentiable in $z$ where some $z_i$ sits on the threshold and $\alpha \ge 2$ (for $\alpha < 2$, not
+                 twice): $s_i = 0$ is used there. For $\alpha > 2$, $s_i$ grows without bound as $p_i \to 0^+$.
+                 Forward and reverse mode, to any order.
 
-| symbol             | code       | shape  | meaning                                                        |
-|--------------------|------------|--------|----------------------------------------------------------------|
-| $z$                | `scores`   | `(n,)` | scores, dimensionless                                          |
-| $\theta$           | `theta`    | `()`   | multiplier of $1^\top p = 1$, same units as `scores`           |
-| $M$                | `top`      | `()`   | largest score, clipped to the finite range                     |
-| $\delta$           | `delta`    | `()`   | $\theta - M$, in $[0, (1 - n^{1 - \alpha})/(\alpha - 1)]$      |
-| $\sum_i p_i$       | `mass`     | `()`   | left side of (K2) plus one, at the current $\delta$            |
-| $\sum_i s_i$       | `slope`    | `()`   | minus the derivative of `mass` with respect to $\delta$        |
-| $1[p_i > 0]$       | `support`  | `(n,)` | entries of `p` that are positive                               |
+| symbol       | code           | shape  | meaning                                                                           |
+|--------------|----------------|--------|-----------------------------------------------------------------------------------|
+| $z$          | `scores`       | `(n,)` | scores, dimensionless                                                             |
+| $\theta$     | `theta`        | `()`   | multiplier of $1^\top p = 1$, same units as `scores`                              |
+| $M$          | `top`          | `()`   | largest score, clipped to the finite range                                        |
+| $x$          | `x`            | `(n,)` | $z - M$, in [-inf, 0]                                                             |
+| $\delta$     | `delta`, `low` | `()`   | $\theta - M$ as an unevaluated sum; in $[0, (1 - n^{1-\alpha})/(\alpha - 1)]$     |
+| $\xi$        | `xi`           | `()`   | $\delta - 1/(\alpha - 1)$: entries with $x_i > \xi$ are the support               |
+| $\sum_i p_i$ | `mass`         | `()`   | left side of (K2) plus one, at the current $\delta$                               |
+| $\sum_i s_i$ | `slope`        | `()`   | minus the derivative of `mass` with respect to $\delta$                           |
 
-**Reference:** Martins & Astudillo 2016, arXiv:1602.02068 (sparsemax); Peters, Niculae & Martins 2019, arXiv:1905.05702 (entmax);
-Michelot 1986 (the finite iteration of $\alpha = 2$). They sort or bisect; the iteration and its starting point here are ours.
+**Reference:** Martins & Astudillo 2016, arXiv:1602.02068 (sparsemax); Peters, Niculae & Martins 2019, arXiv:1905.05702
+(entmax); Michelot 1986 (the finite iteration of $\alpha = 2$). They sort, bisect, or start from the whole row; the starting
+point, the step and the arithmetic of the threshold here are ours.
 """
 
 import functools as ft
@@ -39,7 +42,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 _Kind = Literal["softmax", "entmax15", "sparsemax", "general"]
 
-# Rows shorter than this go without the column maxima of `_starting_point`: for them a pass costs no more than the detour.
+# Shorter rows go without the column maxima of `_starting_point`: for them a pass costs no more than the detour.
 _SHORTEST_ROW_WITH_A_DETOUR = 256
 _PIECES = 8  # of a row, see `_row_sums`; 16 is as fast
 
@@ -57,21 +60,23 @@ class SimplexMap(NamedTuple):
 def simplex_map(scores: Float[Array, " n"], alpha: float | Float[Array, ""], max_steps: int) -> SimplexMap:
     r"""Solve (K2) for one row; `jax.vmap` for batches. Lanes that have converged are frozen.
 
-    A Python number `alpha` is static, and 1, 1.5 and 2 then have kernels of their own. An array `alpha` uses the general kernel,
-    which agrees with those three, and has a gradient. `max_steps` bounds the reads of the row.
+    A Python number `alpha` is static, and 1, 1.5 and 2 then have kernels of their own. An array `alpha` uses the general
+    kernel, which agrees with those three, and has a gradient. `max_steps` bounds the reads of the row.
 
-    **Conventions.** `-inf` is a masked entry: probability 0 and gradient 0. A row of nothing but `-inf`: probabilities 0, `theta` `-inf`,
-    gradient 0, and both flags true. `+inf` entries share the mass equally, `theta` is `inf`, gradient 0. A NaN in the row, or an array
-    `alpha` that is NaN or outside [1, 4]: probabilities, `theta` and derivatives NaN, both flags false, no iteration. A score exactly on
-    the threshold has probability 0 and gradient 0.
+    **Conventions.** `-inf` is a masked entry: probability 0 and gradient 0. A row of nothing but `-inf`: probabilities 0,
+    `theta` `-inf`, gradient 0, and both flags true. `+inf` entries share the mass equally, `theta` is `inf`, gradient 0. A
+    NaN in the row, or an array `alpha` that is NaN or outside [1, 4]: probabilities, `theta` and derivatives NaN, both flags
+    false, no iteration. A score exactly on the threshold has probability 0 and gradient 0.
 
-    **Returns:** `SimplexMap` in the dtype of `scores` (float32 or float64). Where `max_steps` was reached, `converged` is false and the
-    last iterate is returned.
-    **Raises:** `ValueError` if `scores` is not a non-empty floating vector, if a static `alpha` is outside [1, 4], or if `max_steps` < 1.
+    **Returns:** `SimplexMap` in the dtype of `scores` (float32 or float64). Where `max_steps` was reached, `converged` is
+    false and the last iterate is returned.
+    **Raises:** `ValueError` if `scores` is not a non-empty floating vector, if a static `alpha` is outside [1, 4], or if
+    `max_steps` < 1.
     """
     if scores.ndim != 1 or scores.size == 0 or not jnp.issubdtype(scores.dtype, jnp.floating):
         raise ValueError(
-            f"a simplex map needs a non-empty floating vector, got {scores.dtype}{list(scores.shape)}; use jax.vmap for batches"
+            f"a simplex map needs a non-empty floating vector, got {scores.dtype}{list(scores.shape)}; "
+            "use jax.vmap for batches"
         )
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
@@ -85,9 +90,9 @@ def simplex_map(scores: Float[Array, " n"], alpha: float | Float[Array, ""], max
     return _map(kind, max_steps, scores, jnp.asarray(alpha).astype(scores.dtype))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Solution
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -100,7 +105,7 @@ def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[A
         largest = jnp.where((alpha >= 1) & (alpha <= 4), largest, jnp.nan)
     finite = ~jnp.isnan(largest)
     has_root = finite & (largest > -jnp.inf)
-    # Clipped, so that `_shifted` never forms inf - inf: a +inf score then lies at 0 like any other maximum, the rest at about -highest.
+    # Clipped, so that `_shifted` never forms inf - inf: a +inf score then lies at 0, the finite ones at about -highest.
     top = jnp.clip(largest, -highest, highest)
     if kind == "softmax":
         weights = jnp.exp(_shifted(scores, top))
@@ -121,7 +126,7 @@ def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[A
 
 
 def _shifted(scores: Float[Array, " n"], top: Float[Array, ""]) -> Float[Array, " n"]:
-    """Scores below their maximum, in [-inf, 0]. Recomputed in every pass: an elementwise operation is free there, a copy is not."""
+    """Scores less their maximum. Recomputed in every pass: an elementwise operation is free there, a copy is not."""
     return jnp.minimum(scores - top, 0)
 
 
@@ -131,30 +136,40 @@ def _exp_alpha(
     """(K1)."""
     match kind:
         case "sparsemax":
-            return jnp.maximum(1 + (x - delta), 0)
+            return jnp.maximum(_above_threshold(1, x, delta, low), 0)
         case "entmax15":
-            return jnp.square(jnp.maximum(1 + (x - delta) / 2, 0))
+            return jnp.square(jnp.maximum(_above_threshold(2, x, delta, low) / 2, 0))
         case _:
             return _power(alpha, x, delta, low)[0]
+
+
+def _above_threshold(
+    radius: float | Float[Array, ""], x: Float[Array, " n"], delta: Float[Array, ""], low: Float[Array, ""]
+) -> Float[Array, " n"]:
+    r"""$x - \xi$, where $\xi = \delta - r$ and the radius $r$ is $1/(\alpha - 1)$, with the relative accuracy of `x`.
+
+    Of close numbers the difference is exact, and the digits that $\xi$ loses are subtracted after it. From $r + (x - \delta)$
+    every entry would have the same error, half a unit in the last place of r: more than p itself where p is spread thin
+    (a float32 row of 32768 nearly equal scores would sum to 1.001), and $\alpha > 2$ amplifies it without bound.
+    """
+    xi, xi_low = _two_sum(delta, -radius * jnp.ones_like(delta))
+    return (x - xi) - (xi_low + low)
 
 
 def _power(
     alpha: Float[Array, ""], x: Float[Array, " n"], delta: Float[Array, ""], low: Float[Array, ""]
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    r"""$p = \exp_\alpha(t)$ and $s = p^{2 - \alpha} = p / v$, where $t = x - \delta$, $v = 1 + (\alpha - 1) t$, for any `alpha` in [1, 4].
+    r"""$p = \exp_\alpha(t)$ and $s = p^{2 - \alpha} = p / v$, $t = x - \delta$, $v = 1 + (\alpha - 1) t$, for `alpha` in [1, 4].
 
-    `low` is the part of `delta` below its last digit. A small v is what $\alpha > 2$ amplifies, and there v is computed as
-    $(\alpha - 1)(x - \xi)$, $\xi = \delta - 1/(\alpha - 1)$: the difference of close numbers is exact, the rounding of $\xi$ is the
-    same for all entries, and `low` makes up for it. Near $\alpha = 1$ that would cancel; there v is near 1 and its rounding
-    error, `v_low`, matters instead: $\log(v + v_{low}) = \log v + v_{low}/v$ is the well conditioned log1p.
+    Away from $\alpha = 1$, v by `_above_threshold`. Near it that would cancel; there v is near 1 and its rounding error,
+    `v_low`, matters instead: $\log(v + v_{low}) = \log v + v_{low}/v$ is the well conditioned log1p.
     """
     curvature = alpha - 1
     far = curvature >= 0.5
     safe = jnp.where(curvature == 0, 1, curvature)
     t = jnp.maximum(x - delta, jnp.finfo(x.dtype).min) - low  # bounded: 0 * -inf at alpha = 1
     u = curvature * t
-    xi, xi_low = _two_sum(delta, -1 / safe)
-    v = jnp.where(far, curvature * ((x - xi) - (xi_low + low)), 1 + u)
+    v = jnp.where(far, curvature * _above_threshold(1 / safe, x, delta, low), 1 + u)
     support = v > 0
     v = jnp.where(support, v, 1)
     reciprocal = 1 / v
@@ -164,13 +179,20 @@ def _power(
     return p, p * reciprocal
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def _two_sum(a: Float[Array, ""], b: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """a + b rounded, and the rounding error (Knuth)."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Root of (K2)
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class _State(NamedTuple):
-    delta: Float[Array, ""]  # the iterate is delta + low: in general alpha > 2 amplifies its last digit. Else low = 0.
+    delta: Float[Array, ""]  # the iterate is delta + low, see `_above_threshold`
     low: Float[Array, ""]
     below: Float[Array, ""]  # the root is in [iterate - below, iterate + above], up to rounding
     above: Float[Array, ""]
@@ -188,7 +210,8 @@ class _Sums(NamedTuple):
 
 
 def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array, ""]) -> _State:
-    # (K2) at delta = 0 is >= 0 (the largest term alone is 1) and at exp_alpha(-delta) = 1/n is <= 0 (no term exceeds 1/n): always a root.
+    # (K2) at delta = 0 is >= 0 (the largest term alone is 1) and where exp_alpha(-delta) = 1/n it is <= 0 (no term exceeds
+    # 1/n): always a root.
     match kind:
         case "sparsemax":
             upper = jnp.full_like(alpha, 1 - 1 / n)
@@ -198,6 +221,8 @@ def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array,
             curvature = alpha - 1
             safe = jnp.where(curvature == 0, 1, curvature)
             upper = jnp.where(curvature == 0, float(np.log(n)), -jnp.expm1(-curvature * float(np.log(n))) / safe)
+    # The root is there when all scores are equal; rounding must not put it outside.
+    upper = upper * (1 + 16 * float(jnp.finfo(alpha.dtype).eps))
     zero = jnp.zeros_like(alpha)
     # Without a root (all masked, or NaN) the lane is done before it starts.
     return _State(zero, zero, zero, upper, upper, zero - 1, jnp.array(False), jnp.zeros((), jnp.int32), ~has_root)
@@ -215,15 +240,20 @@ def _column_maxima(scores: Float[Array, " n"]) -> Float[Array, " m"]:
 
 
 def _starting_point(state: _State, of_columns: _State) -> _State:
-    # The left side of (K2) only grows when scores are added, so the root of a subset of the row is a lower bound of the root; and the
-    # column maxima miss a supporting score only where two share a column. Solved on them, a sixteenth of the row, (K2) is left
-    # with two or three full passes instead of five to ten.
+    # The left side of (K2) only grows when scores are added, so the root of a subset of the row is a lower bound of the
+    # root; and the column maxima miss a supporting score only where two share a column. Solved on them, an eighth of the
+    # row or less, (K2) is left with one to three full passes instead of five to ten.
     delta, low, below = of_columns.delta, of_columns.low, of_columns.below
     return state._replace(delta=delta, low=low, below=below, above=state.above - delta)
 
 
 def _root(
-    kind: _Kind, max_steps: int, scores: Float[Array, " m"], top: Float[Array, ""], alpha: Float[Array, ""], state: _State
+    kind: _Kind,
+    max_steps: int,
+    scores: Float[Array, " m"],
+    top: Float[Array, ""],
+    alpha: Float[Array, ""],
+    state: _State,
 ) -> _State:
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state.done & (state.steps < max_steps)
@@ -240,11 +270,11 @@ def _sums(
     one, zero = jnp.ones((), x.dtype), jnp.zeros((), x.dtype)
     match kind:
         case "sparsemax":
-            p = jnp.maximum(1 + (x - delta), 0)
+            p = _exp_alpha(kind, alpha, x, delta, low)
             mass, count = _row_sums(p, jnp.where(p > 0, one, zero))
             return _Sums(mass, count, count)
         case "entmax15":
-            root_p = jnp.maximum(1 + (x - delta) / 2, 0)
+            root_p = jnp.maximum(_above_threshold(2, x, delta, low) / 2, 0)
             return _Sums(*_row_sums(jnp.square(root_p), root_p, jnp.where(root_p > 0, one, zero)))
         case _:
             return _Sums(*_row_sums(*_power(alpha, x, delta, low)), zero)
@@ -253,9 +283,9 @@ def _sums(
 def _row_sums(*terms: Float[Array, " m"]) -> tuple[Float[Array, ""], ...]:
     """Several sums over a row in one read of it.
 
-    One reduction with several operands, over pieces of the row that are added element by element: XLA's CPU backend vectorises this.
-    It does neither for plain sums of expressions that share a term: that term is written to memory and read back by each sum, which
-    is three to ten times slower. The partial sums also round less than one long sum.
+    One reduction with several operands, over pieces of the row that are added element by element: XLA's CPU backend
+    vectorises this. Plain sums of expressions that share a term it neither vectorises nor fuses: the term is written to
+    memory and read back by each sum, three to ten times slower. The partial sums also round less than one long sum.
     """
     n = terms[0].size
     if n < 2 * _PIECES:
@@ -268,14 +298,15 @@ def _row_sums(*terms: Float[Array, " m"]) -> tuple[Float[Array, ""], ...]:
 
 
 def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -> _State:
-    r"""One step to the root from the sums at `state.delta`.
+    r"""One step to the root from the sums at the iterate.
 
-    Newton's method on $\ln_\alpha(\text{mass}) = 0$. Its left side is affine in $\delta$ when all scores are equal, so the step tends to
-    the exact one at $\alpha = 1$ and is the plain Newton step at $\alpha = 2$. For $\alpha \le 2$ it is a norm of $[1 + u]_+$ less a
-    constant, hence convex: Newton's iterates are lower bounds of the root, whatever the point they start from.
+    Newton's method on $\ln_\alpha(\text{mass}) = 0$. Its left side is affine in $\delta$ when all scores are equal, so the step
+    tends to the exact one as $\alpha \to 1$, and it is the plain Newton step at $\alpha = 2$. For $\alpha \le 2$ it is a norm of
+    $[1 + u]_+$, $u = (\alpha - 1) t$, up to a factor and a constant, hence convex: Newton's iterates are lower bounds of the
+    root, whatever the point they start from.
 
-    $\alpha = 2$: on a fixed support the step is exact, so a support that did not change ends the iteration (Michelot).
-    $\alpha = 1.5$: on a fixed support mass is a quadratic; its exact root is taken when it is real and in the bracket, else Newton's.
+    $\alpha = 2$: on a fixed support the step is exact. The support shrinks from the second step on; once it does not, done.
+    $\alpha = 1.5$: on a fixed support mass is a quadratic; its exact root is taken when real and in the bracket, else Newton's.
     $\alpha > 2$: not convex; a step that leaves the bracket, or fails to halve the last one, becomes a bisection.
     """
     mass, slope, count = sums
@@ -284,50 +315,41 @@ def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -
     tol = 4 * eps
     left = mass >= 1
     below, above = jnp.where(left, 0, state.below), jnp.where(left, state.above, 0)
-    delta, low = state.delta, state.low
+    exact = jnp.array(False)
     match kind:
         case "sparsemax":
             move, exact = (mass - 1) / slope, jnp.array(True)
-            settled = jnp.abs(move) <= tol
-            delta = delta + move
+            done = (jnp.abs(mass - 1) <= tol) | (state.exact & (count >= state.count))
         case "entmax15":
             # mass(delta + 2h) = count h^2 - 2 slope h + mass on this support; the smaller root, without cancellation.
             discriminant = slope * slope - count * (mass - 1)
             move = 2 * (mass - 1) / (slope + jnp.sqrt(jnp.maximum(discriminant, 0)))
-            settled = jnp.abs(move) <= tol
-            below = jnp.minimum(below, -2 * (mass - jnp.sqrt(mass)) / slope)
+            below = jnp.minimum(below, (4 * tol - 1) * 2 * (mass - jnp.sqrt(mass)) / slope)
+            done = (jnp.abs(move) <= tol) | (state.exact & (count == state.count))
+            done = done | ((below + above <= tol) & (state.steps > 0))
             exact = (discriminant >= 0) & (move >= -below) & (move <= above)
-            move = jnp.where(exact, move, -below)
-            delta = delta + move
+            # The bracket is good to a rounding error of delta, the last move to one of the sums: not cut, it is the better one.
+            move = jnp.where(exact | done, move, -below)
         case _:
             curvature = alpha - 1
             log_mass = jnp.log(jnp.where(mass > 0, mass, 1))
             safe = jnp.where(curvature == 0, 1, curvature)
             tsallis = jnp.where(curvature == 0, log_mass, jnp.expm1(curvature * log_mass) / safe)
-            move, exact = tsallis * jnp.exp((1 - curvature) * log_mass) / slope, jnp.array(False)
+            move = tsallis * jnp.exp((1 - curvature) * log_mass) / slope
             # alpha > 2: by the residual, because the slope is unbounded there.
-            small = jnp.where(alpha > 2, jnp.abs(mass - 1) <= tol, jnp.abs(move) <= tol * (1 + delta))
-            resolution = jnp.where(alpha > 2, eps * eps, eps * (1 + delta))
-            settled = small | (below + above <= resolution)
+            small = jnp.where(alpha > 2, jnp.abs(mass - 1) <= tol, jnp.abs(move) <= tol * (1 + state.delta))
+            done = small | (below + above <= jnp.where(alpha > 2, eps * eps, eps * (1 + state.delta)))
             stuck = (alpha > 2) & (2 * jnp.abs(move) > state.move)
-            bisect = ~settled & (stuck | (move <= -below) | (move >= above))
-            move = jnp.where(bisect, (above - below) / 2, jnp.clip(move, -below, above))
-            delta, low = _two_sum(delta, low + move)
-    done = settled | (state.exact & (count == state.count))
-    # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums, so that p sums to one.
+            bisect = ~done & (stuck | (move <= -below) | (move >= above))
+            move = jnp.where(bisect, (above - below) / 2, jnp.where(small, move, jnp.clip(move, -below, above)))
+    # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums, so that p sums to 1.
+    delta, low = _two_sum(state.delta, state.low + move)
     return _State(delta, low, below + move, above - move, jnp.abs(move), count, exact, state.steps + 1, done)
 
 
-def _two_sum(a: Float[Array, ""], b: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """a + b rounded, and the rounding error (Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Derivative: (G1), (G2). `_map` is called for the primal, so that this rule is itself differentiable, to any order.
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @ft.partial(_map.defjvp, symbolic_zeros=True)
@@ -338,10 +360,10 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
     p = out.probabilities
     support = p >= float(jnp.finfo(p.dtype).tiny)  # a subnormal p may or may not be flushed to zero: call it zero
     s = _sensitivity(kind, alpha, p, support)
-    # 1; 0 in a row with +inf or all masked, which does not move; NaN in a row of NaN. It multiplies the tangents, which costs nothing;
-    # a `where` on s would cost a copy of the row in every backward pass.
+    # 1; 0 in a row with +inf or all masked, which does not move; NaN in a row of NaN. It multiplies the tangents, which costs
+    # nothing; a `where` on s would cost a copy of the row in every backward pass.
     gate = jnp.where(jnp.isfinite(out.theta), jnp.ones_like(alpha), jnp.where(out.finite, 0, jnp.nan))
-    # (G2) as v - s sum(v) / sum(s), so that its transpose is s (g - sum(s g) / sum(s)): two reads of s and g, nothing stored between.
+    # (G2) as v - s sum(v) / sum(s): its transpose is s (g - sum(s g) / sum(s)), two reads of s and g, nothing stored between.
     v = jnp.zeros_like(p)
     if not isinstance(d_scores, SymbolicZero):
         v = v + s * (gate * d_scores)
@@ -360,7 +382,7 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
 def _sensitivity(
     kind: _Kind, alpha: Float[Array, ""], p: Float[Array, " n"], support: Bool[Array, " n"]
 ) -> Float[Array, " n"]:
-    r"""$s = p^{2 - \alpha}$ on the support. `where` inside and outside: the derivative of a power at p = 0 must not be formed."""
+    r"""$s = p^{2 - \alpha}$ on the support. `where` inside and outside: no derivative of a power at p = 0 is formed."""
     match kind:
         case "softmax":
             return p
@@ -375,8 +397,9 @@ def _sensitivity(
 def _alpha_derivative(alpha: Float[Array, ""], p: Float[Array, " n"], support: Bool[Array, " n"]) -> Float[Array, " n"]:
     r"""$r = \partial \exp_\alpha(t) / \partial\alpha$ at fixed $t$, from $p$ alone.
 
-    $\log p = \log(1 + u)/(\alpha - 1)$ gives $r = p\,(u/(1 + u) - \log(1 + u)) / (\alpha - 1)^2$. With $y = -(\alpha - 1) \log p \ge 0$,
-    $\log(1 + u) = -y$ and $u/(1 + u) = 1 - e^y$, so $r = -p (\log p)^2 \psi(y)$, $\psi(y) = (e^y - 1 - y)/y^2$: entire, 1/2 at 0.
+    $\log p = \log(1 + u)/(\alpha - 1)$ gives $r = p\,(u/(1 + u) - \log(1 + u)) / (\alpha - 1)^2$. With
+    $y = -(\alpha - 1) \log p \ge 0$, $\log(1 + u) = -y$ and $u/(1 + u) = 1 - e^y$, so $r = -p (\log p)^2 \psi(y)$,
+    $\psi(y) = (e^y - 1 - y)/y^2$: entire, 1/2 at 0.
     """
     log_p = jnp.log(jnp.where(support, p, 1))
     y = (1 - alpha) * log_p
@@ -390,5 +413,3 @@ def _alpha_derivative(alpha: Float[Array, ""], p: Float[Array, " n"], support: B
     quotient = log_p / y_safe
     far_value = -(jnp.exp((2 - alpha) * log_p) - p * (1 + y)) * quotient * quotient
     return jnp.where(support, jnp.where(near, near_value, far_value), 0)
-
-

@@ -21,6 +21,7 @@ from ..._core.closure import close
 from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances
+from ..._solvers.picard import Picard
 from .root import check_function, require_guess
 
 
@@ -77,7 +78,7 @@ class FixedPoint(AbstractDeclarativeNode):
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        solver = optx.FixedPointIteration(tol.solver, tol.solver * scale) if self.solver is None else self.solver
+        solver = Picard(tol.solver, tol.solver * scale) if self.solver is None else self.solver
         out = optx.fixed_point(
             self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )
