@@ -17,7 +17,7 @@ The truncated ones apply their approximate inverse wherever (IFT) has the exact 
 
 import abc
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import equinox.internal as eqxi
@@ -49,9 +49,9 @@ class AbstractAdjoint(optx.AbstractAdjoint):
     `step(y, x)`; `unrolls` that the solver's own iterations are differentiated.
     """
 
-    modes: eqx.AbstractClassVar[frozenset[str]]
-    needs_step: eqx.AbstractClassVar[bool]
-    unrolls: eqx.AbstractClassVar[bool]
+    modes: ClassVar[frozenset[str]]
+    needs_step: ClassVar[bool]
+    unrolls: ClassVar[bool]
 
     @abc.abstractmethod
     def linear_solve(self, matvec, vector, system: LinearSystem | None) -> tuple[Any, Any, bool]:
@@ -75,9 +75,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     linear_solver: lx.AbstractLinearSolver | None = None
     damping: float = eqx.field(static=True, default=0.0)
 
-    modes = ALL_MODES
-    needs_step = False
-    unrolls = False
+    modes: ClassVar[frozenset[str]] = ALL_MODES
+    needs_step: ClassVar[bool] = False
+    unrolls: ClassVar[bool] = False
 
     def __check_init__(self):
         if not self.damping >= 0:
@@ -117,9 +117,9 @@ class NeumannAdjoint(AbstractAdjoint):
 
     terms: int = eqx.field(static=True)
 
-    modes = ALL_MODES
-    needs_step = True
-    unrolls = False
+    modes: ClassVar[frozenset[str]] = ALL_MODES
+    needs_step: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
 
     def __check_init__(self):
         if isinstance(self.terms, bool) or not isinstance(self.terms, int) or self.terms < 0:
@@ -140,9 +140,9 @@ class OneStepAdjoint(AbstractAdjoint):
     enter the last step get zero. **Modes:** forward, reverse, any order.
     """
 
-    modes = ALL_MODES
-    needs_step = True
-    unrolls = False
+    modes: ClassVar[frozenset[str]] = ALL_MODES
+    needs_step: ClassVar[bool] = True
+    unrolls: ClassVar[bool] = False
 
     def linear_solve(self, matvec, vector, system):
         del system
@@ -159,9 +159,9 @@ class UnrolledAdjoint(AbstractAdjoint):
     reverse, any order (`optx.RecursiveCheckpointAdjoint` needs less memory and is reverse mode, first order only).
     """
 
-    modes = ALL_MODES
-    needs_step = False
-    unrolls = True
+    modes: ClassVar[frozenset[str]] = ALL_MODES
+    needs_step: ClassVar[bool] = False
+    unrolls: ClassVar[bool] = True
 
     def linear_solve(self, matvec, vector, system):
         raise AssertionError("Unrolling solves no linear system.")

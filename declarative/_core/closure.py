@@ -10,6 +10,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -50,7 +51,8 @@ class Closed(eqx.Module):
     def __call__(self, *args: PyTree) -> PyTree:
         leaves, in_tree = jtu.tree_flatten(args)
         assert in_tree == self.trace.in_tree, "A closed function is called with the structure that it was traced for."
-        out = jax.core.eval_jaxpr(self.trace.jaxpr, self.captured, *leaves)
+        closed = jax.extend.core.ClosedJaxpr(self.trace.jaxpr, self.captured)
+        out = jax.extend.core.jaxpr_as_fun(closed)(*leaves)
         return jtu.tree_unflatten(self.trace.out_tree, out)
 
 

@@ -7,6 +7,7 @@ collects the statuses of the whole batch into one array, and one callback, reach
 from collections.abc import Callable
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap

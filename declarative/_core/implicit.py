@@ -164,7 +164,8 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         residual = jnp.where(norm(value) == 0, 0, norm(value) / jnp.where(allowed > 0, allowed, 1))
         tol = tolerances(vector.dtype, run.rtol)
         # A solver that ran out of steps at its own tolerance (rounding kept it from noticing) has solved the problem.
-        code = jnp.where(residual <= tol.solver, 0, code)
+        tired = code == _number(RESULTS.nonlinear_max_steps_reached)
+        code = jnp.where(tired & (residual <= tol.solver), 0, code)
         code = jnp.where((code == 0) & ~(residual <= tol.solution), _number(RESULTS.not_a_solution), code)
     else:
         residual = jnp.zeros((), vector.dtype)
@@ -250,8 +251,10 @@ def _implicit_solution_jvp(primals, tangents, *, problem: Problem):
         solve=lambda matvec, b: solve(matvec, b, transposed=False),
         transpose_solve=lambda vecmat, b: solve(vecmat, b, transposed=True),
     )[:n]
-    # Status, statistics and factor carry no gradient.
-    return point, Point(unravel(tangent), None, None, None, jtu.tree_map(lambda _: None, point.factor))  # pyright: ignore
+    # Status, statistics and factor carry no gradient; `unknown` is the first field of a Point.
+    leaves, treedef = jtu.tree_flatten(point)
+    moved = jtu.tree_leaves(unravel(tangent))
+    return point, jtu.tree_unflatten(treedef, moved + [None] * (len(leaves) - len(moved)))
 
 
 def _checked_solve(problem: Problem, matvec, vector, system):
@@ -260,11 +263,11 @@ def _checked_solve(problem: Problem, matvec, vector, system):
     size = norm(vector)
     residual = norm(matvec(solution) - vector) / jnp.where(size > 0, size, 1)
     finite = jnp.isfinite(residual) & jnp.all(jnp.isfinite(solution))
-    if exact:
-        small = residual <= tolerances(vector.dtype).linear
-        code = jnp.where(small, jnp.where(code == _number(RESULTS.singular_jacobian), code, 0), code)
-        code = jnp.where((code == 0) & ~small, _number(RESULTS.inaccurate_backward), code)
-    code = jnp.where(finite, code, _number(RESULTS.singular_jacobian))
+    singular = ~finite | (code == _number(RESULTS.singular))
+    # An approximate inverse (damped, truncated) leaves a residual by design; it is reported, not judged.
+    wrong = ~(residual <= tolerances(vector.dtype).linear) if exact else jnp.zeros((), bool)
+    code = jnp.where(wrong, _number(RESULTS.inaccurate_backward), 0).astype(jnp.int32)
+    code = jnp.where(singular, _number(RESULTS.singular_jacobian), code)
     code = jnp.where(jnp.all(jnp.isfinite(vector)), code, _number(RESULTS.nonfinite_backward))
     return solution, code, residual
 

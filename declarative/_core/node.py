@@ -198,22 +198,33 @@ class AbstractDeclarativeNode(eqx.Module):
 
     def solve(self, x: PyTree, *, y0: PyTree = None) -> Solution:
         """The `Solution` for one example. Does not raise when the solve fails: read `result`."""
-        return _enter(self, x, y0, full=True, throw=False)
+        return _solution(self, x, y0)
 
 
 def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyTree:
     """`node(x)`: for nodes that give `__call__` a friendlier signature."""
-    value, code, data_ok = _enter(node, x, y0, full=False, throw=node.policy.throw)
+    inputs, probe = _inputs_and_probe(node, x, y0)
+    with health.unobserved():
+        value, code, data_ok = _evaluate(inputs, probe, throw=node.policy.throw)
     if node.policy.throw:
         code = raise_failures(code, type(node).__name__)
-        return select(code == 0, value, lambda leaf: jnp.nan)
-    ok = code == 0
-    if node.policy.fill == "zero":
+        value = select(code == 0, value, lambda leaf: jnp.nan)
+    elif node.policy.fill == "zero":
         # Zeros for non-finite data; else the last iterate, which is finite unless the solver overflowed.
         last = lambda leaf: jnp.where(data_ok & jnp.isfinite(leaf), detach(leaf), 0)
-        return select(ok, value, last)
-    # A product, not a select: the gradient of a failed element is NaN as well.
-    return jtu.tree_map(lambda leaf: leaf * jnp.where(ok, 1, jnp.nan).astype(leaf.dtype), value)
+        value = select(code == 0, value, last)
+    else:
+        # A product, not a select: the gradient of a failed element is NaN as well.
+        value = jtu.tree_map(lambda leaf: leaf * jnp.where(code == 0, 1, jnp.nan).astype(leaf.dtype), value)
+    return _as_given(value, x)
+
+
+def _solution(node, x, y0) -> Solution:
+    inputs, probe = _inputs_and_probe(node, x, y0)
+    with health.unobserved():
+        out = _solve(inputs, probe)
+    unknown, value, dual, objective = _as_given((out.unknown, out.value, out.dual, out.objective), x)
+    return Solution(unknown, value, dual, objective, out.result, out.stats)
 
 
 def bound_inputs(
@@ -227,30 +238,28 @@ def bound_inputs(
         return node.bind(x, y0), x, y0
 
 
-def _enter(node, x, y0, *, full: bool, throw: bool):
-    half = _half_dtype(x)
+def _inputs_and_probe(node, x, y0):
     inputs = bound_inputs(node, x, y0)
-    probe = health.probe_for(type(node).__name__, inputs, _dtype(inputs)) if _solves_linear_system(node) else None
-    with health.unobserved():
-        out = _solve(inputs, probe, full=full, throw=throw)
-    if half is None:
-        return out
-    cast = lambda tree: jtu.tree_map(lambda leaf: leaf.astype(half) if eqx.is_inexact_array(leaf) else leaf, tree)
-    if full:
-        return Solution(cast(out.unknown), cast(out.value), cast(out.dual), cast(out.objective), out.result, out.stats)
-    return cast(out[0]), out[1], out[2]
+    if not _solves_linear_system(node):
+        return inputs, None
+    return inputs, health.probe_for(type(node).__name__, inputs, _dtype(inputs))
+
+
+# Compiled, so that an eager call costs no more than its arithmetic; two functions, so that a plain call computes nothing else.
+@eqx.filter_jit
+def _evaluate(inputs, probe, *, throw: bool):
+    node, x, _ = inputs
+    point = _differentiable_point(inputs, probe, throw, measured=False)
+    return node.value(point.unknown, x), point.code, point.code != int(RESULTS.nonfinite_data._value)
 
 
 @eqx.filter_jit
-def _solve(inputs, probe, *, full: bool, throw: bool):
+def _solve(inputs, probe) -> Solution:
     node, x, _ = inputs
-    point = _differentiable_point(inputs, probe, throw, checked=full)
-    value = node.value(point.unknown, x)
-    if not full:
-        return value, point.code, point.code != int(RESULTS.nonfinite_data._value)
+    point = _differentiable_point(inputs, probe, throw=False, measured=True)
     return Solution(
         unknown=point.unknown,
-        value=value,
+        value=node.value(point.unknown, x),
         dual=node.dual(point.unknown, x),
         objective=node.objective(point.unknown, x),
         result=as_result(point.code),
@@ -258,7 +267,7 @@ def _solve(inputs, probe, *, full: bool, throw: bool):
     )
 
 
-def _differentiable_point(inputs, probe, throw: bool, checked: bool):
+def _differentiable_point(inputs, probe, throw: bool, measured: bool):
     node = inputs[0]
     adjoint = node.adjoint
     fill, title = node.policy.fill, type(node).__name__ if throw else None
@@ -289,7 +298,7 @@ def _differentiable_point(inputs, probe, throw: bool, checked: bool):
         unknown, rest = adjoint.apply(_foreign_primal, _foreign_rewrite, inputs, frozenset())
         run = Run(unknown, *rest)
     point = judge(detach_tree(run), residual, detach_tree(inputs))
-    if residual is None and checked:
+    if residual is None and measured:
         # A closed form needs no check on every call; `solve` reports its residual all the same.
         vector = ravel_pytree(node.optimality(point.unknown, inputs[1]))[0]
         point = eqx.tree_at(lambda p: p.residual, point, norm(vector))
@@ -377,11 +386,13 @@ def envelope(lagrangian: Callable[[PyTree, PyTree], Float[Array, ""]], y: PyTree
     return _envelope(y, x, lagrangian=lagrangian)
 
 
-def _half_dtype(x):
-    leaves = [leaf for leaf in jtu.tree_leaves(x) if eqx.is_inexact_array(leaf)]
-    if leaves and all(leaf.dtype.itemsize == 2 for leaf in leaves):
-        return jnp.result_type(*leaves)
-    return None
+def _as_given(tree: PyTree, x: PyTree) -> PyTree:
+    """Back to half precision, if all the data came in it."""
+    dtypes = [leaf.dtype for leaf in jtu.tree_leaves(x) if eqx.is_inexact_array(leaf)]
+    if not dtypes or any(dtype.itemsize > 2 for dtype in dtypes):
+        return tree
+    half = jnp.result_type(*dtypes)
+    return jtu.tree_map(lambda leaf: leaf.astype(half) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
 def _working(tree: PyTree, name: str) -> PyTree:

@@ -57,7 +57,7 @@ class SimplexMap(NamedTuple):
     finite: Bool[Array, ""]
 
 
-def simplex_map(scores: Float[Array, " n"], alpha: float | Float[Array, ""], max_steps: int) -> SimplexMap:
+def simplex_map(scores: Float[Array, " n"], alpha: int | float | Float[Array, ""], max_steps: int) -> SimplexMap:
     r"""Solve (K2) for one row; `jax.vmap` for batches. Lanes that have converged are frozen.
 
     A Python number `alpha` is static, and 1, 1.5 and 2 then have kernels of their own. An array `alpha` uses the general
@@ -98,15 +98,16 @@ def simplex_map(scores: Float[Array, " n"], alpha: float | Float[Array, ""], max
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[Array, ""]) -> SimplexMap:
     highest = float(jnp.finfo(scores.dtype).max)
+    nan = jnp.full((), jnp.nan, scores.dtype)
     columns = _column_maxima(scores)
     # Every special value is caught by the maximum, which is needed anyway: no pass over the row looks for them.
     largest = jnp.max(columns)
     if kind == "general":
-        largest = jnp.where((alpha >= 1) & (alpha <= 4), largest, jnp.nan)
+        largest = jnp.where((alpha >= 1) & (alpha <= 4), largest, nan)
     finite = ~jnp.isnan(largest)
     has_root = finite & (largest > -jnp.inf)
     # Clipped, so that `_shifted` never forms inf - inf: a +inf score then lies at 0, the finite ones at about -highest.
-    top = jnp.clip(largest, -highest, highest)
+    top = jnp.maximum(jnp.minimum(largest, highest), -highest)
     if kind == "softmax":
         weights = jnp.exp(_shifted(scores, top))
         total = jnp.sum(weights)
@@ -120,7 +121,7 @@ def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[A
         state = _root(kind, max_steps, scores, top, alpha, state)
         delta, steps, converged = state.delta + state.low, state.steps, state.done & finite
         probabilities = _exp_alpha(kind, alpha, _shifted(scores, top), state.delta, state.low)
-        probabilities = jnp.where(finite, probabilities, jnp.nan)
+        probabilities = jnp.where(finite, probabilities, nan)
     theta = jnp.where(jnp.isfinite(largest), top + delta, largest)
     return SimplexMap(probabilities, theta, steps, converged, finite)
 
@@ -136,9 +137,9 @@ def _exp_alpha(
     """(K1)."""
     match kind:
         case "sparsemax":
-            return jnp.maximum(_above_threshold(1, x, delta, low), 0)
+            return jnp.maximum(_above_threshold(1.0, x, delta, low), 0)
         case "entmax15":
-            return jnp.square(jnp.maximum(_above_threshold(2, x, delta, low) / 2, 0))
+            return jnp.square(jnp.maximum(_above_threshold(2.0, x, delta, low) / 2, 0))
         case _:
             return _power(alpha, x, delta, low)[0]
 
@@ -197,7 +198,7 @@ class _State(NamedTuple):
     below: Float[Array, ""]  # the root is in [iterate - below, iterate + above], up to rounding
     above: Float[Array, ""]
     move: Float[Array, ""]  # size of the last move
-    count: Float[Array, ""]  # size of the support at the last iterate
+    size: Float[Array, ""]  # of the support at the last iterate
     exact: Bool[Array, ""]  # the last move solves (K2) if it left the support as it was
     steps: Int[Array, ""]
     done: Bool[Array, ""]
@@ -206,7 +207,7 @@ class _State(NamedTuple):
 class _Sums(NamedTuple):
     mass: Float[Array, ""]
     slope: Float[Array, ""]
-    count: Float[Array, ""]  # where nothing depends on it (general alpha), 0
+    size: Float[Array, ""]  # of the support; 0 where nothing depends on it (general alpha)
 
 
 def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array, ""]) -> _State:
@@ -220,7 +221,8 @@ def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array,
         case _:
             curvature = alpha - 1
             safe = jnp.where(curvature == 0, 1, curvature)
-            upper = jnp.where(curvature == 0, float(np.log(n)), -jnp.expm1(-curvature * float(np.log(n))) / safe)
+            log_n = jnp.full_like(alpha, float(np.log(n)))
+            upper = jnp.where(curvature == 0, log_n, -jnp.expm1(-curvature * log_n) / safe)
     # The root is there when all scores are equal; rounding must not put it outside.
     upper = upper * (1 + 16 * float(jnp.finfo(alpha.dtype).eps))
     zero = jnp.zeros_like(alpha)
@@ -271,13 +273,14 @@ def _sums(
     match kind:
         case "sparsemax":
             p = _exp_alpha(kind, alpha, x, delta, low)
-            mass, count = _row_sums(p, jnp.where(p > 0, one, zero))
-            return _Sums(mass, count, count)
+            mass, size = _row_sums(p, jnp.where(p > 0, one, zero))
+            return _Sums(mass, size, size)
         case "entmax15":
-            root_p = jnp.maximum(_above_threshold(2, x, delta, low) / 2, 0)
+            root_p = jnp.maximum(_above_threshold(2.0, x, delta, low) / 2, 0)
             return _Sums(*_row_sums(jnp.square(root_p), root_p, jnp.where(root_p > 0, one, zero)))
         case _:
-            return _Sums(*_row_sums(*_power(alpha, x, delta, low)), zero)
+            mass, slope = _row_sums(*_power(alpha, x, delta, low))
+            return _Sums(mass, slope, zero)
 
 
 def _row_sums(*terms: Float[Array, " m"]) -> tuple[Float[Array, ""], ...]:
@@ -309,7 +312,7 @@ def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -
     $\alpha = 1.5$: on a fixed support mass is a quadratic; its exact root is taken when real and in the bracket, else Newton's.
     $\alpha > 2$: not convex; a step that leaves the bracket, or fails to halve the last one, becomes a bisection.
     """
-    mass, slope, count = sums
+    mass, slope, size = sums
     slope = jnp.where(slope > 0, slope, 1)  # only in a lane without a root, whose step is dropped
     eps = float(jnp.finfo(mass.dtype).eps)
     tol = 4 * eps
@@ -319,13 +322,14 @@ def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -
     match kind:
         case "sparsemax":
             move, exact = (mass - 1) / slope, jnp.array(True)
-            done = (jnp.abs(mass - 1) <= tol) | (state.exact & (count >= state.count))
+            done = (jnp.abs(mass - 1) <= tol) | (state.exact & (size >= state.size))
         case "entmax15":
-            # mass(delta + 2h) = count h^2 - 2 slope h + mass on this support; the smaller root, without cancellation.
-            discriminant = slope * slope - count * (mass - 1)
+            # mass(delta + 2h) = size h^2 - 2 slope h + mass on this support; the smaller root, without cancellation.
+            discriminant = slope * slope - size * (mass - 1)
             move = 2 * (mass - 1) / (slope + jnp.sqrt(jnp.maximum(discriminant, 0)))
-            below = jnp.minimum(below, (4 * tol - 1) * 2 * (mass - jnp.sqrt(mass)) / slope)
-            done = (jnp.abs(move) <= tol) | (state.exact & (count == state.count))
+            newton = 2 * (mass - jnp.sqrt(mass)) / slope
+            below = jnp.minimum(below, -newton * (1 - 4 * tol))  # a little less: rounding must not pass the root
+            done = (jnp.abs(move) <= tol) | (state.exact & (size == state.size))
             done = done | ((below + above <= tol) & (state.steps > 0))
             exact = (discriminant >= 0) & (move >= -below) & (move <= above)
             # The bracket is good to a rounding error of delta, the last move to one of the sums: not cut, it is the better one.
@@ -336,15 +340,18 @@ def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -
             safe = jnp.where(curvature == 0, 1, curvature)
             tsallis = jnp.where(curvature == 0, log_mass, jnp.expm1(curvature * log_mass) / safe)
             move = tsallis * jnp.exp((1 - curvature) * log_mass) / slope
-            # alpha > 2: by the residual, because the slope is unbounded there.
+            # alpha > 2: by the residual, because the slope is unbounded there; p = v^(1/3) at worst, hence eps^3.
             small = jnp.where(alpha > 2, jnp.abs(mass - 1) <= tol, jnp.abs(move) <= tol * (1 + state.delta))
-            done = small | (below + above <= jnp.where(alpha > 2, eps * eps, eps * (1 + state.delta)))
+            resolution = jnp.where(alpha > 2, jnp.full_like(mass, eps**3), eps * (1 + state.delta))
+            done = small | (below + above <= resolution)
             stuck = (alpha > 2) & (2 * jnp.abs(move) > state.move)
+            # Right of the root by a rounding error: the slope there may know nothing of a steep piece before it.
+            move = jnp.where(small & ~left & (alpha > 2), 0, move)
             bisect = ~done & (stuck | (move <= -below) | (move >= above))
             move = jnp.where(bisect, (above - below) / 2, jnp.where(small, move, jnp.clip(move, -below, above)))
     # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums, so that p sums to 1.
     delta, low = _two_sum(state.delta, state.low + move)
-    return _State(delta, low, below + move, above - move, jnp.abs(move), count, exact, state.steps + 1, done)
+    return _State(delta, low, below + move, above - move, jnp.abs(move), size, exact, state.steps + 1, done)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +369,8 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
     s = _sensitivity(kind, alpha, p, support)
     # 1; 0 in a row with +inf or all masked, which does not move; NaN in a row of NaN. It multiplies the tangents, which costs
     # nothing; a `where` on s would cost a copy of the row in every backward pass.
-    gate = jnp.where(jnp.isfinite(out.theta), jnp.ones_like(alpha), jnp.where(out.finite, 0, jnp.nan))
+    nan = jnp.full((), jnp.nan, p.dtype)
+    gate = jnp.where(jnp.isfinite(out.theta), jnp.ones_like(nan), jnp.where(out.finite, 0, nan))
     # (G2) as v - s sum(v) / sum(s): its transpose is s (g - sum(s g) / sum(s)), two reads of s and g, nothing stored between.
     v = jnp.zeros_like(p)
     if not isinstance(d_scores, SymbolicZero):
@@ -375,6 +383,10 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
         (total,) = _row_sums(s)
         d_theta = jnp.sum(v) / jnp.where(total > 0, total, 1)
     d_p = v - s * d_theta
+    if kind == "general":
+        # Where alpha > 2 lets one s_i dominate, its d_p is the difference of close numbers; from 1'dp = 0 it is accurate.
+        steepest = jnp.arange(p.size) == jnp.argmax(s)
+        d_p = jnp.where(steepest, -jnp.sum(jnp.where(steepest, 0, d_p)), d_p)
     zero_steps, zero_flag = np.zeros((), jax.dtypes.float0), np.zeros((), jax.dtypes.float0)
     return out, SimplexMap(d_p, d_theta, zero_steps, zero_flag, zero_flag)  # pyright: ignore[reportArgumentType]
 

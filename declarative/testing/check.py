@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 
 from .._core.adjoint import UnrolledAdjoint, modes
 from .._core.failure import SolveError
-from .._core.node import AbstractDeclarativeNode, Policy, _solve
+from .._core.node import AbstractDeclarativeNode, Policy, _evaluate
 from .._core.results import RESULTS
 from .._core.tolerances import tolerances
 
@@ -246,9 +246,9 @@ def _check_retrace(setting: _Setting):
     compiled(setting.vector * (1 + 1e-3))
     setting.row("no retrace under jit", count == 1, f"{count} traces")
     setting.value(setting.vector)
-    before = _solve._cached._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    before = _evaluate._cached._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
     setting.value(setting.vector * (1 + 1e-3))
-    after = _solve._cached._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    after = _evaluate._cached._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
     setting.row("no compilation on a second eager call", before == after, f"{after - before} new")
 
 

@@ -9,7 +9,7 @@ r"""Unconstrained minimiser of a user's objective.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -101,7 +101,8 @@ class Argmin(AbstractDeclarativeNode):
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        solver = optx.BFGS(tol.solver, tol.solver * scale) if self.solver is None else self.solver
+        atol: Any = tol.solver * scale  # optimistix annotates a float; an array is as good
+        solver = optx.BFGS(tol.solver, atol) if self.solver is None else self.solver
         minimise = lambda fn, solver, y0: optx.minimise(
             fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )

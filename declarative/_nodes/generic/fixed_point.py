@@ -24,6 +24,10 @@ from ..._core.tolerances import check_rtol, solver_rtol, tolerances
 from ..._solvers.picard import Picard
 from .root import check_function, require_guess
 
+_Solver = (
+    optx.AbstractFixedPointSolver | optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
+)
+
 
 class FixedPoint(AbstractDeclarativeNode):
     """A layer that solves `y = fn(y, x)` for `y`. Called as `fixed_point(x, y0=guess)` on one example; `jax.vmap` for batches.
@@ -42,14 +46,14 @@ class FixedPoint(AbstractDeclarativeNode):
     """
 
     fn: Callable
-    solver: optx.AbstractIterativeSolver | None
+    solver: _Solver | None
     adjoint: optx.AbstractAdjoint | None
     policy: Policy
 
     def __init__(
         self,
         fn: Callable[[PyTree, PyTree], PyTree],
-        solver: optx.AbstractIterativeSolver | None = None,
+        solver: _Solver | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         *,
         policy: Policy | None = None,

@@ -67,6 +67,7 @@ def implicit(
         )
 
     def decorator(solve: Callable[..., PyTree]) -> ImplicitFunction:
-        return ImplicitFunction(optimality, check_function(solve, "solve"), adjoint, policy or Policy())
+        algorithm = check_function(solve, "solve")
+        return ImplicitFunction(condition=optimality, algorithm=algorithm, adjoint=adjoint, policy=policy or Policy())
 
     return decorator

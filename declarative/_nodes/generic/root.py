@@ -8,7 +8,7 @@ r"""Root of a user's function.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -82,7 +82,7 @@ class Root(AbstractDeclarativeNode):
         return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
 
 
-def newton(rtol: float, scale, y0) -> optx.Newton:
+def newton(rtol: float, scale: Any, y0: PyTree) -> optx.Newton:
     """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it."""
     size = jax.eval_shape(lambda y: jnp.zeros(sum(leaf.size for leaf in jtu.tree_leaves(y)), scale.dtype), y0)
     return optx.Newton(rtol=rtol, atol=rtol * scale, linear_solver=default_linear_solver(size))

@@ -59,7 +59,7 @@ class Entmax(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        simplex.check_alpha(alpha, 1, 4)
+        simplex.check_alpha(alpha, 1.0, 4.0)
         self.alpha = alpha
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)

@@ -11,6 +11,7 @@ $\begin{bmatrix} -I & -s \\ 1^\top & 0 \end{bmatrix}$ with $s_i = p_i^{2-\alpha}
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -105,7 +106,7 @@ def run(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
     if loop is not lax_loop:
         return _unrollable(x, alpha, max_steps, loop)
     solution = simplex_map(masked(x), alpha, max_steps)
-    result = RESULTS.where(solution.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+    result = RESULTS.where(solution.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
     result = RESULTS.where(solution.finite, result, RESULTS.nonfinite_data)
     # Infinite and empty rows have no multiplier; the optimality system asks for 0 there.
     theta = jnp.where(jnp.isinf(solution.theta), 0, solution.theta)
@@ -138,7 +139,7 @@ def _unrollable(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
     start = (theta, jnp.zeros((), jnp.int32), ~regular)
     theta, steps, done = loop(lambda carry: ~carry[2], body, start, max_steps=max_steps)
     point = optimality(SimplexPoint(jnp.zeros_like(z), theta), x, alpha)
-    result = RESULTS.where(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+    result = RESULTS.where(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
     return Run(SimplexPoint(point.probabilities, theta), result, steps)
 
 
@@ -163,7 +164,7 @@ def check_alpha(alpha, low: float, high: float) -> None:
     """A Python number is checked here; an array when it has a value, by the kernel."""
     if isinstance(alpha, (int, float)) and not low < alpha <= high:
         raise ValueError(f"alpha must lie in ({low:g}, {high:g}], got {alpha}.")
-    if eqx.is_array(alpha) and (alpha.shape != () or not jnp.issubdtype(alpha.dtype, jnp.floating)):
+    if isinstance(alpha, jax.Array) and (alpha.shape != () or not jnp.issubdtype(alpha.dtype, jnp.floating)):
         raise ValueError(f"alpha must be a number or a floating scalar array, got {alpha.dtype}{list(alpha.shape)}.")
 
 

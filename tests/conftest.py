@@ -1,0 +1,47 @@
+"""Settings of the whole suite. Imports nothing from `declarative`: the jaxtyping hook must come before the package."""
+
+import os
+import pathlib
+
+# Before JAX is imported. A persistent compilation cache makes the second run of the suite much faster; callback-free computations
+# only, so it changes no result.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import jax.random as jr
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The exhaustive tier runs only when it is asked for by `-m`."""
+    if "full" in (config.option.markexpr or ""):
+        return
+    deselected = [item for item in items if "full" in item.keywords]
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture
+def getkey():
+    """A function that returns a new PRNG key each time, from a seed that DECLARATIVE_TEST_SEED varies."""
+    key = jr.key(int(os.environ.get("DECLARATIVE_TEST_SEED", "0")))
+
+    def get():
+        nonlocal key
+        key, new = jr.split(key)
+        return new
+
+    return get
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_compilations():
+    """Compiled programs of a finished file are dropped, so that memory stays flat over the suite."""
+    yield
+    jax.clear_caches()

@@ -1,0 +1,173 @@
+"""The table of nodes: what to build, on which data, against which reference. A new node is one row."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import declarative as dn
+
+
+@dataclasses.dataclass
+class Row:
+    name: str
+    node: Callable[..., dn.AbstractDeclarativeNode]  # constructor; takes adjoint=... and policy keywords
+    x: Any
+    y0: Any = None
+    reference: Callable | None = None
+    feasible: Callable | None = None
+    failures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    adjoints: tuple = (None,)
+    unrolled: bool = True
+
+    def __str__(self):
+        return self.name
+
+
+WEIGHT = 0.35 * jr.normal(jr.key(0), (4, 4))
+BIAS = jr.normal(jr.key(1), (4,))
+SCORES = jnp.array([0.31, -1.2, 0.93, 0.12, 0.55])
+MASK = jnp.array([True, True, True, False, True])
+
+
+def contraction(y, x):
+    weight, bias = x
+    return jnp.tanh(weight @ y + bias)
+
+
+def cubic(y, x):
+    return {"u": y["u"] ** 3 + y["u"] - x["a"] + 0.1 * y["v"], "v": 2 * y["v"] - jnp.sum(jnp.sin(y["u"])) - x["b"]}
+
+
+def valley(y, x):
+    centre, weight = x
+    return jnp.sum(jnp.cosh(y - centre)) + weight * jnp.sum((y[1:] - y[:-1] ** 2) ** 2)
+
+
+def picard_reference(x):
+    weight, bias = (np.asarray(leaf, np.float64) for leaf in x)
+    y = np.zeros(4)
+    for _ in range(2000):
+        y = np.tanh(weight @ y + bias)
+    return y
+
+
+def simplex_reference(alpha):
+    """Bisection on the multiplier in NumPy, 200 halvings: slow, independent, and right."""
+
+    def reference(x):
+        z = np.asarray(x.scores, np.float64)
+        keep = np.ones(z.size, bool) if x.mask is None else np.asarray(x.mask)
+        z = z[keep]
+
+        def mass(theta):
+            t = z - theta
+            if alpha == 1:
+                return np.exp(t)
+            return np.maximum(1 + (alpha - 1) * t, 0) ** (1 / (alpha - 1))
+
+        low, high = z.max(), z.max() + (np.log(z.size) if alpha == 1 else 1 / (alpha - 1))
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (middle, high) if mass(middle).sum() > 1 else (low, middle)
+        p = np.zeros(keep.size)
+        p[keep] = mass((low + high) / 2)
+        return jnp.asarray(p)
+
+    return reference
+
+
+def on_simplex(p, x):
+    off = 0.0 if x.mask is None else jnp.max(jnp.where(x.mask, 0.0, p))
+    return jnp.max(jnp.stack([jnp.max(-p), jnp.abs(jnp.sum(p) - 1), jnp.asarray(off)]))
+
+
+SCORED = dn.Scores(SCORES, MASK)
+INFINITE = dn.Scores(jnp.array([jnp.nan, 0.0, 1.0, 0.0, 2.0]))
+
+ROWS = [
+    Row(
+        "fixed-point",
+        lambda **kw: dn.FixedPoint(contraction, **{"max_steps": 300, **kw}),
+        (WEIGHT, BIAS),
+        y0=jnp.zeros(4),
+        reference=picard_reference,
+        failures={"nonlinear_max_steps_reached": (-3 * jnp.eye(4), 0.1 * BIAS)},
+        adjoints=(None, dn.ImplicitAdjoint(), dn.NeumannAdjoint(60), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "root",
+        lambda **kw: dn.Root(cubic, **{"max_steps": 40, **kw}),
+        {"a": jnp.array([0.5, -1.1, 2.0]), "b": jnp.array(0.3)},
+        y0={"u": jnp.zeros(3), "v": jnp.zeros(())},
+        adjoints=(None, dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "argmin",
+        lambda **kw: dn.Argmin(valley, **{"max_steps": 200, **kw}),
+        (jnp.array([0.4, -0.3, 1.1]), jnp.array(0.7)),
+        y0=jnp.zeros(3),
+    ),
+    Row(
+        "softmax",
+        lambda **kw: dn.Softmax(jnp.array(1.7), **kw),
+        SCORED,
+        reference=lambda x: simplex_reference(1)(dn.Scores(x.scores / 1.7, x.mask)),
+        feasible=on_simplex,
+        failures={"nonfinite_data": INFINITE},
+        adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "sparsemax",
+        lambda **kw: dn.Sparsemax(**kw),
+        SCORED,
+        reference=simplex_reference(2),
+        feasible=on_simplex,
+        failures={"nonfinite_data": INFINITE},
+        adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "entmax15",
+        lambda **kw: dn.Entmax(1.5, **kw),
+        SCORED,
+        reference=simplex_reference(1.5),
+        feasible=on_simplex,
+        failures={"nonfinite_data": INFINITE},
+        adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "entmax-learnable",
+        lambda **kw: dn.Entmax(jnp.array(1.3), **kw),
+        SCORED,
+        reference=simplex_reference(1.3),
+        feasible=on_simplex,
+        failures={"nonfinite_data": INFINITE},
+        adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "entmax3",
+        lambda **kw: dn.Entmax(3.0, **kw),
+        SCORED,
+        reference=simplex_reference(3.0),
+        feasible=on_simplex,
+        failures={"nonfinite_data": INFINITE},
+        adjoints=(None, dn.ImplicitAdjoint()),
+        unrolled=False,  # the mass is not convex in the multiplier for alpha > 2: the unrolled Newton iteration is not offered
+    ),
+]
+
+CASES = [(row, adjoint) for row in ROWS for adjoint in row.adjoints]
+
+
+def case_id(case):
+    row, adjoint = case
+    return f"{row.name}-{'default' if adjoint is None else type(adjoint).__name__}"
+
+
+def tree_close(a, b, tol):
+    for left, right in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=tol, atol=tol)

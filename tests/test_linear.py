@@ -1,0 +1,130 @@
+"""The linear solvers of the library against NumPy, on hard matrices, and that nothing hangs."""
+
+import jax
+import jax.numpy as jnp
+import lineax as lx
+import numpy as np
+import pytest
+
+import declarative as dn
+from declarative._linear.bordered import Bordered, BorderedDiagonal
+from declarative._linear.dense import Dense
+
+SIZES = (1, 2, 5, 32, 33, 70)
+
+
+def solve(matrix, vector, transposed=False):
+    operator = lx.MatrixLinearOperator(matrix)
+    out = lx.linear_solve(operator.T if transposed else operator, vector, Dense(), throw=False)
+    return out.value, out.result._value
+
+
+def backward_error(matrix, solution, vector):
+    residual = np.linalg.norm(matrix @ solution - vector)
+    return residual / (np.linalg.norm(matrix, 2) * np.linalg.norm(solution) + np.linalg.norm(vector))
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_dense_is_backward_stable_batched_and_not(n, transposed, dtype):
+    rng = np.random.default_rng(n)
+    matrices = rng.standard_normal((4, n, n))
+    matrices[1] *= 10.0 ** rng.uniform(-6, 6, (n, 1))  # badly scaled rows
+    matrices[2] = matrices[2][::-1] + 1e-3 * np.triu(rng.standard_normal((n, n)))
+    if n > 1:
+        matrices[3, 0, 0] = 0  # needs a pivot at once
+    vectors = rng.standard_normal((4, n))
+    matrices, vectors = jnp.asarray(matrices, dtype), jnp.asarray(vectors, dtype)
+    batched, codes = jax.jit(jax.vmap(lambda m, v: solve(m, v, transposed)))(matrices, vectors)
+    assert np.all(np.asarray(codes) == 0)
+    for i in range(4):
+        single, _ = solve(matrices[i], vectors[i], transposed)
+        exact = np.asarray(matrices[i], np.float64)
+        exact = exact.T if transposed else exact
+        for got in (batched[i], single):
+            assert got.dtype == dtype
+            assert backward_error(exact, np.asarray(got, np.float64), np.asarray(vectors[i])) < 20 * float(
+                jnp.finfo(dtype).eps
+            )
+
+
+@pytest.mark.parametrize("n", [2, 40])
+def test_dense_reports_singular_matrices(n):
+    rng = np.random.default_rng(0)
+    good = rng.standard_normal((n, n))
+    low_rank = good.copy()
+    low_rank[-1] = low_rank[0]
+    zero_column = good.copy()
+    zero_column[:, 1] = 0
+    scaled = good * 10.0 ** np.linspace(-8, 8, n)[:, None]  # singular to look at, fine after equilibration
+    batch = jnp.asarray(np.stack([good, low_rank, zero_column, scaled]))
+    _, codes = jax.vmap(solve)(batch, jnp.ones((4, n)))
+    assert (np.asarray(codes) != 0).tolist() == [False, True, True, False]
+    for i, singular in enumerate([False, True, True, False]):
+        assert (int(solve(batch[i], jnp.ones(n))[1]) != 0) == singular
+
+
+def test_a_nan_lane_stays_in_its_lane():
+    matrices = jnp.stack([jnp.eye(3) * 2, jnp.full((3, 3), jnp.nan), jnp.eye(3) + 0.1])
+    clean = matrices.at[1].set(jnp.eye(3))
+    got, want = (jax.vmap(solve)(m, jnp.ones((3, 3)))[0] for m in (matrices, clean))
+    keep = np.array([0, 2])
+    assert np.all(np.asarray(got)[keep] == np.asarray(want)[keep])
+    assert np.all(np.isnan(np.asarray(got)[1]))
+
+
+def test_dense_differentiates():
+    rng = np.random.default_rng(0)
+    matrix, vector = jnp.asarray(rng.standard_normal((6, 6))), jnp.asarray(rng.standard_normal(6))
+    ours = lambda m, v: jnp.sum(jnp.sin(solve(m, v)[0]))
+    want = lambda m, v: jnp.sum(jnp.sin(jnp.linalg.solve(m, v)))
+    for transform in (jax.grad, jax.jacfwd, jax.hessian):
+        for left, right in zip(
+            jax.tree.leaves(transform(ours, (0, 1))(matrix, vector)),
+            jax.tree.leaves(transform(want, (0, 1))(matrix, vector)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=1e-9, atol=1e-9)
+
+
+def test_bordered_diagonal():
+    rng = np.random.default_rng(0)
+    for n in (1, 4):
+        diagonal, column, row = (jnp.asarray(rng.standard_normal(n)) for _ in range(3))
+        operator = BorderedDiagonal(diagonal, column, row, jnp.asarray(rng.standard_normal()))
+        vector = jnp.asarray(rng.standard_normal(n + 1))
+        dense = np.asarray(operator.as_matrix())
+        np.testing.assert_allclose(np.asarray(operator.mv(vector)), dense @ vector, rtol=1e-13)
+        for op, matrix in ((operator, dense), (operator.T, dense.T)):
+            got = lx.linear_solve(op, vector, Bordered()).value
+            np.testing.assert_allclose(np.asarray(got), np.linalg.solve(matrix, vector), rtol=1e-10)
+    singular = BorderedDiagonal(jnp.ones(2), jnp.ones(2), jnp.ones(2), jnp.asarray(2.0))
+    assert lx.linear_solve(singular, jnp.arange(3.0), Bordered(), throw=False).result != lx.RESULTS.successful
+
+
+@pytest.mark.timeout(120)
+def test_two_batched_nodes_side_by_side_do_not_hang():
+    """Two independent batched LAPACK solves in flight deadlock jaxlib 0.10 on two cores; ours are not LAPACK calls."""
+    n, batch = 24, 128
+    weight = jnp.eye(n) + 0.01 * jnp.asarray(np.random.default_rng(0).standard_normal((n, n)))
+    node = dn.Root(lambda y, x: weight @ y + 0.1 * y**3 - x, throw=False)
+    solve = jax.vmap(lambda x: node(x, y0=jnp.zeros(n)))
+
+    @jax.jit
+    def gradient(x):
+        def loss(x):
+            body = lambda i, c: (jnp.tanh(solve(c[0])) + x, jnp.tanh(solve(2 * c[1])) - x)
+            first, second = jax.lax.fori_loop(0, 3, body, (x, -x))
+            return jnp.sum(first * second)
+
+        return jax.grad(loss)(x)
+
+    out = jax.block_until_ready(gradient(jnp.ones((batch, n))))
+    assert np.all(np.isfinite(np.asarray(out)))
+    assert (
+        "lapack"
+        not in jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(node(x, y0=jnp.zeros(n))))))
+        .lower(jnp.ones((2, n)))
+        .as_text()
+    )

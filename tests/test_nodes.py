@@ -1,0 +1,26 @@
+"""The check kit over the table of nodes."""
+
+import pytest
+
+from declarative.testing import check_node
+
+from .helpers import CASES, ROWS, case_id
+
+
+def _check(row, adjoint, full):
+    node = row.node(adjoint=adjoint)
+    options = {"y0": row.y0, "reference": row.reference, "feasible": row.feasible, "failures": row.failures}
+    return check_node(node, row.x, **options, unrolled=row.unrolled, full=full)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_node(row):
+    """The fast tier: every node under its default adjoint; first order, batches, failures."""
+    _check(row, None, full=False)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_node_full(case):
+    """Every node under each of its adjoints: second order, low precision and exports as well."""
+    _check(*case, full=True)

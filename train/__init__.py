@@ -1,0 +1,1 @@
+"""Training scripts: `python -m train.<name>`. What they share is `train.loop`."""

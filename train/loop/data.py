@@ -1,0 +1,146 @@
+"""Batches as a pure function of (seed, step), and readers for labelled images on disk."""
+
+import gzip
+import zipfile
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+
+def shuffled_batches(
+    arrays: tuple[np.ndarray, ...], batch_size: int, seed: int, *, process: int = 0, processes: int = 1
+) -> Callable[[int], tuple[np.ndarray, ...]]:
+    """A function from the step (0, 1, …) to that step's batch: the same rows of every array.
+
+    Each epoch is a permutation drawn from (seed, epoch), cut into whole batches; the rows left over are dropped, other ones
+    each time. Nothing is remembered from one step to the next, so a resumed run needs no state of the data. With several
+    processes each gets its own rows of the one global batch of `batch_size`.
+    """
+    rows = len(arrays[0])
+    if any(len(a) != rows for a in arrays):
+        raise ValueError(f"all arrays need the same number of rows, but have {[len(a) for a in arrays]}.")
+    if not 1 <= batch_size <= rows:
+        raise ValueError(f"batch_size must lie between 1 and the {rows} rows of the data, but is {batch_size}.")
+    if batch_size % processes:
+        raise ValueError(f"batch_size must be a multiple of the {processes} processes, but is {batch_size}.")
+    per_epoch, share = rows // batch_size, batch_size // processes
+
+    @lru_cache(maxsize=1)
+    def permutation(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(rows)
+
+    def batch(step: int) -> tuple[np.ndarray, ...]:
+        epoch, position = divmod(step, per_epoch)
+        first = position * batch_size + process * share
+        chosen = permutation(epoch)[first : first + share]
+        return tuple(a[chosen] for a in arrays)
+
+    return batch
+
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def _read_idx(path: str | Path) -> np.ndarray:
+    """One IDX file (the format of MNIST): 0, 0, type, number of axes; each axis as big-endian uint32; the data."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist.")
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error}); copy it again.") from error
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _IDX_TYPES:
+        raise ValueError(
+            f"{path} is not an IDX file: it starts with the bytes {raw[:4].hex(' ')}, not with 00 00 <type> <axes>."
+        )
+    dtype, axes = np.dtype(_IDX_TYPES[raw[2]]), raw[3]
+    start = 4 + 4 * axes
+    shape = tuple(int(n) for n in np.frombuffer(raw[4:start], ">u4")) if len(raw) >= start else ()
+    expected = start + dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if len(raw) < start or len(raw) != expected:
+        raise ValueError(
+            f"{path} holds {len(raw)} bytes, but its header promises {expected}; the copy is not complete."
+        )
+    return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _labelled_images(images: np.ndarray, labels: np.ndarray, source: str) -> tuple[np.ndarray, np.ndarray]:
+    """Checks, then float32 images (n, height, width) in [0, 1] and int32 labels (n,)."""
+    if images.ndim != 3:
+        raise ValueError(f"{source}: images must have shape (n, height, width), not {images.shape}.")
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{source}: labels must be integers of shape (n,), not {labels.dtype} {labels.shape}.")
+    if len(images) != len(labels):
+        raise ValueError(f"{source}: {len(images)} images, but {len(labels)} labels.")
+    if len(images) == 0 or labels.min() < 0:
+        raise ValueError(f"{source}: needs at least one image, and labels that count from 0.")
+    if images.dtype == np.uint8:
+        images = images / np.float32(255)
+    elif not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(f"{source}: images must be uint8, or floats in [0, 1], not {images.dtype}.")
+    elif not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"{source}: float images must lie in [0, 1], but span [{images.min()}, {images.max()}].")
+    return images.astype(np.float32), labels.astype(np.int32)
+
+
+def load_idx(path_images: str | Path, path_labels: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labelled images from a pair of IDX files, gzipped or not: float32 (n, height, width) in [0, 1], and int32 (n,)."""
+    return _labelled_images(_read_idx(path_images), _read_idx(path_labels), f"{path_images} and {path_labels}")
+
+
+def load_npz_folder(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labelled images from every `.npz` file of a folder, in the order of their names, joined.
+
+    Each file holds `images` (n, height, width), uint8 or floats in [0, 1], and integer `labels` (n,).
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.npz"))
+    if not files:
+        raise ValueError(f"{path} is not a folder with .npz files in it.")
+    parts = []
+    for file in files:
+        try:
+            with np.load(file, allow_pickle=False) as content:
+                held = {name: content[name] for name in content.files}
+        except (TypeError, ValueError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise ValueError(f"{file} is not a readable .npz file ({error}).") from error
+        missing = {"images", "labels"} - held.keys()
+        if missing:
+            raise ValueError(f"{file} lacks {sorted(missing)}; it holds {sorted(held)}.")
+        parts.append(_labelled_images(held["images"], held["labels"], str(file)))
+    shapes = {images.shape[1:] for images, _ in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: all images need one size, but the files hold {sorted(shapes)}.")
+    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def load_folder(path: str | Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(train, test) from a folder: either `train/` and `test/` with .npz files, or the four IDX files under MNIST's names."""
+    path = Path(path)
+    if (path / "train").is_dir() and (path / "test").is_dir():
+        train, test = load_npz_folder(path / "train"), load_npz_folder(path / "test")
+    else:
+        names = {}
+        for name in (
+            "train-images-idx3-ubyte",
+            "train-labels-idx1-ubyte",
+            "t10k-images-idx3-ubyte",
+            "t10k-labels-idx1-ubyte",
+        ):
+            found = [p for p in (path / name, path / f"{name}.gz") if p.is_file()]
+            if not found:
+                raise ValueError(
+                    f"{path} holds neither `train/` and `test/` folders with .npz files nor the IDX file {name}[.gz]."
+                )
+            names[name] = found[0]
+        a, b, c, d = names.values()
+        train, test = load_idx(a, b), load_idx(c, d)
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f"{path}: training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}.")
+    return train, test
