@@ -90,10 +90,6 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# throw=False everywhere: a run-time error needs a host callback, and training lowers for TPU and GPU without one. A row
-# whose solve failed is NaN instead, and `train.loop.fit` stops at the first of them.
-
-
 # A step of Adam has the size of the learning rate, whatever the gradient. This factor lets alpha cross its interval within
 # the few hundred steps of a run; without it no head moves by more than 0.02.
 _PACE = 10.0
@@ -119,6 +115,8 @@ class LearnedEntmax(eqx.Module):
 
 def attention_map(config: TransformerConfig) -> Callable:
     """A fresh map for one head."""
+    # throw=False: a run-time error needs a host callback, and training lowers for TPU and GPU without one. A row whose solve
+    # failed is NaN instead, and `train.loop.fit` stops at the first of them.
     adjoint = ImplicitAdjoint() if config.adjoint == "implicit" else None
     match config.attention:
         case "softmax":
@@ -194,7 +192,6 @@ class VisionTransformer(eqx.Module):
     """One image (height, width), float32 in [0, 1], to logits (classes,)."""
 
     embed: eqx.nn.Conv2d
-    class_token: Float[Array, " width"]
     positions: Float[Array, "tokens width"]
     blocks: list[Block]
     norm: eqx.nn.LayerNorm
@@ -207,7 +204,6 @@ class VisionTransformer(eqx.Module):
         self.embed = eqx.nn.Conv2d(1, config.width, size, config.patch, config.overlap, dtype=jnp.float32, key=k1)
         # As large as what is embedded (the usual 0.02 is lost beside it for the first half of a run this short).
         self.positions = 0.25 * jr.normal(k2, (config.patches + 1, config.width), jnp.float32)
-        self.class_token = jnp.zeros((config.width,), jnp.float32)
         self.blocks = [Block(config, key=k) for k in jr.split(k3, config.depth)]
         self.norm = eqx.nn.LayerNorm(config.width, dtype=jnp.float32)
         self.readout = eqx.nn.Linear(config.width, config.classes, dtype=jnp.float32, key=k4)
@@ -222,7 +218,7 @@ class VisionTransformer(eqx.Module):
                 f"this model takes one image of shape {self.config.image}, not {image.shape}; use jax.vmap for a batch."
             )
         patches = self.embed(image[None]).reshape(self.config.width, self.config.patches).T
-        x = jnp.concatenate([self.class_token[None], patches]) + self.positions
+        x = self.positions.at[1:].add(patches)  # row 0, which has no patch, is the class token
         maps = []
         for block in self.blocks:
             x, weights = block(x)

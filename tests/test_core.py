@@ -365,7 +365,7 @@ def test_one_unknown_and_float32_under_x64():
     for dtype in (jnp.float32, jnp.float64):
         x = jnp.array([2.0], dtype)
         for node in (dn.Root(lambda y, x: y**2 - x), dn.FixedPoint(lambda y, x: (y + x / y) / 2)):
-            out, slope = jax.value_and_grad(lambda x, node=node: node(x, y0=jnp.ones(1, dtype))[0])(x)
+            out, slope = jax.value_and_grad(lambda x, node=node, one=jnp.ones(1, dtype): node(x, y0=one)[0])(x)
             assert out.dtype == slope.dtype == dtype
             np.testing.assert_allclose(float(slope[0]), 0.5 / 2**0.5, rtol=1e-4 if dtype == jnp.float32 else 1e-10)
 

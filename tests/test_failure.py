@@ -24,7 +24,7 @@ def _root(weight, **policy):
 def _fixed_point(weight, **policy):
     # A large x makes the map expand: it cycles for ever.
     node = dn.FixedPoint(
-        lambda y, x: jnp.sin(x[0] * 30 * (jnp.abs(x[0]) > 5) * y) + 0.3 * jnp.tanh(weight @ y) + x,
+        lambda y, x: jnp.sin(jnp.where(jnp.abs(x[0]) > 5, 30 * x[0], 0) * y) + 0.3 * jnp.tanh(weight @ y) + x,
         max_steps=60,
         **policy,
     )
@@ -33,14 +33,13 @@ def _fixed_point(weight, **policy):
 
 def _argmin(weight, **policy):
     # exp(-y) has no minimum; the others are strongly convex.
-    node = dn.Argmin(
-        lambda y, x: (
-            jnp.sum(jnp.where(jnp.abs(x) > 5, jnp.exp(-y), (y - x) ** 2))
-            + 0.1 * jnp.sum(jnp.sin(weight @ y)) * (jnp.abs(x[0]) < 5)
-        ),
-        max_steps=40,
-        **policy,
-    )
+    def objective(y, x):
+        runaway = jnp.abs(x) > 5
+        return jnp.sum(jnp.where(runaway, jnp.exp(-y), (y - x) ** 2)) + 0.1 * jnp.sum(
+            jnp.where(runaway, 0, jnp.sin(weight @ y))
+        )
+
+    node = dn.Argmin(objective, max_steps=40, **policy)
     return lambda x: node(x, y0=jnp.zeros(N))
 
 
@@ -231,6 +230,7 @@ def test_policies_hold_under_the_other_adjoints(adjoint):
     gradient = lambda on_failure: np.asarray(
         jax.grad(lambda x: jnp.sum(jax.vmap(lambda x: make(on_failure)(x, y0=0.0))(x)))(x)
     )
-    assert np.isnan(gradient("nan")[1]) and np.all(np.isfinite(gradient("nan")[[0, 2]]))
+    assert np.isnan(gradient("nan")[1])
+    assert np.all(np.isfinite(gradient("nan")[[0, 2]]))
     assert gradient("zero")[1] == 0
     assert np.all(gradient("zero")[[0, 2]] == gradient("nan")[[0, 2]])

@@ -435,6 +435,7 @@ def test_long_rows(n, dtype):
     np.testing.assert_allclose(general(rows, np.asarray(2.0, dtype)) / scale, sparse / scale, atol=50 * eps)
     half = batch(1.5)
     np.testing.assert_allclose(half / scale, general(rows, np.asarray(1.5, dtype)) / scale, atol=50 * eps)
+    np.testing.assert_allclose(np.sum(general(rows, np.asarray(2.5, dtype)), axis=1), 1, atol=50 * eps)
     np.testing.assert_allclose(general(rows, np.asarray(1.0, dtype)), jax.nn.softmax(rows), rtol=1e3 * eps)
 
 
@@ -527,6 +528,19 @@ def test_a_score_on_the_threshold_has_no_gradient(alpha, scores, value):
     np.testing.assert_allclose(found.for_z, np.diag(kept) - np.outer(kept, kept) / kept.sum(), atol=1e-15)
     np.testing.assert_array_equal(found.for_theta[0], kept / kept.sum())
     assert np.all(np.isfinite(found.hessian))
+
+
+@each_dtype
+def test_one_sensitivity_that_dominates(dtype):
+    """s = p^(2 - alpha) of the second score is thousands of times the others', and its gradient a difference of close numbers."""
+    row = np.array([0.0, -1 / 3 + 0.012, -0.9, -3.0], dtype)
+    cotangent = np.array([1.0, -2.0, 0.7, 3.1], dtype)
+    p, _, _, for_z, for_alpha, _ = reference(row, 4.0, cotangent)
+    assert 0 < p[1] < 0.02
+    found = run(np.asarray(4.0), row[None], cotangent[None], dtype)
+    tol = 30 * float(np.finfo(dtype).eps)
+    np.testing.assert_allclose(found.for_z[0], for_z, atol=tol * np.max(np.abs(for_z)))
+    np.testing.assert_allclose(found.for_alpha[0], for_alpha, atol=100 * tol)
 
 
 @each_dtype

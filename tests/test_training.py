@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -22,6 +23,7 @@ import optax
 import pytest
 import tyro
 
+from declarative import value_and_grad_with_health
 from models.attention import TransformerConfig, VisionTransformer
 from train.digits import Config, main
 from train.loop.data import load_folder, load_idx, load_npz_folder, shuffled_batches
@@ -263,6 +265,21 @@ def test_every_attention_map_trains(tmp_path, attention):
     first, second = read_metrics(tmp_path / "metrics.jsonl")
     assert second["loss"] < first["loss"]
     assert first["solver/solves"] == 0, "a closed form has no linear solve"
+
+
+@pytest.mark.parametrize("adjoint", ["closed-form", "implicit"])
+def test_the_gradient_lowers_for_cuda_and_tpu(adjoint):
+    dynamic, static = eqx.partition(tiny("entmax", adjoint), eqx.is_array)
+
+    def gradient(dynamic, *batch):
+        model = eqx.combine(dynamic, static)
+        out = value_and_grad_with_health(classify, has_aux=True, per_element=False)(model, batch, None)
+        return eqx.filter(out, eqx.is_array)
+
+    batch = tuple(a[:4] for a in DATA)
+    exported = jax.export.export(jax.jit(gradient), platforms=("cpu", "cuda", "tpu"))(dynamic, *batch)
+    called = re.findall(r"custom_call @([\w.]+)", exported.mlir_module())
+    assert not [name for name in called if "callback" in name]
 
 
 def test_model_shapes_and_errors():

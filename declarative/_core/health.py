@@ -70,9 +70,10 @@ def report(
 class _Recorder:
     """The probes of one call of `value_and_grad_with_health`, in the order in which nodes ask for them."""
 
-    def __init__(self, per_element: bool, probes: list[Array] | None):
+    def __init__(self, per_element: bool, probes: list[Array] | None, known: list[tuple[int, ...]] | None):
         self.per_element = per_element
-        self.probes = probes  # None in the discovery pass, which finds how many there are, and the batch shape of each.
+        # Both None in the discovery pass, which finds how many there are, and the batch shape of each.
+        self.probes, self.known = probes, known
         self.names: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
 
@@ -80,31 +81,39 @@ class _Recorder:
         slot = len(self.names)
         self.names.append(name)
         self.shapes.append(())
+        if self.known is not None and slot >= len(self.known):
+            raise RuntimeError("`loss` met more nodes when it was differentiated than before: is it a pure function?")
         if self.per_element:
-            lane = _lane(witness, (), lambda shape: self.shapes.__setitem__(slot, shape))
+            whole = None if self.known is None else self.known[slot]
+            lane = _lane(witness, (), whole, lambda shape: self.shapes.__setitem__(slot, shape))
         else:
             lane = 0
         if self.probes is None:
             return jnp.zeros(PROBE_SIZE, dtype)
-        if slot >= len(self.probes):
-            raise RuntimeError("`loss` met more nodes when it was differentiated than before: is it a pure function?")
         return self.probes[slot][lane].astype(dtype)
 
 
-def _lane(witness, shape: tuple[int, ...], note: Callable[[tuple[int, ...]], None]):
-    """The index of this example in the flattened batch of all the vmaps around it; `witness` is batched where they are."""
+def _lane(witness, shape: tuple[int, ...], whole: tuple[int, ...] | None, note: Callable[[tuple[int, ...]], None]):
+    """The index of this example in the flattened batch of the vmaps around it; `witness` is batched where they are.
+
+    `whole` is the batch shape inside `value_and_grad_with_health`, once it is known: a vmap outside of it makes copies of the
+    whole report, not more of its elements.
+    """
+    indices = jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(shape)
+    if shape == whole:
+        return indices
 
     @custom_vmap
     def lane(witness):
         del witness
-        return jnp.arange(int(np.prod(shape)), dtype=jnp.int32).reshape(shape)
+        return indices
 
     @lane.def_vmap
     def _(axis_size, in_batched, witness):
         del in_batched
         # Called for the innermost vmap first: each further one adds its axis in front.
         note((axis_size, *shape))
-        return _lane(witness, (axis_size, *shape), note), True
+        return _lane(witness, (axis_size, *shape), whole, note), True
 
     return lane(witness)
 
@@ -212,21 +221,24 @@ def value_and_grad_with_health(loss: Callable, *, has_aux: bool = False, per_ele
     """
 
     def wrapped(model, *args, **kwargs):
-        def traced(model, probes):
-            recorder = _Recorder(per_element, probes)
+        def traced(model, args, kwargs, probes, known):
+            recorder = _Recorder(per_element, probes, known)
             with _context(recorder):
                 out = loss(model, *args, **kwargs)
             recorder.probes = None  # No tracer outlives its trace.
             value, aux = out if has_aux else (out, None)
             return value, (aux, recorder)
 
-        recorder = eqx.filter_eval_shape(lambda model: _Static(traced(model, None)[1][1]), model).value
+        # All inputs are abstract here, so that a vmap around the whole of this is not seen.
+        discover = lambda model, args, kwargs: _Static(traced(model, args, kwargs, None, None)[1][1])
+        recorder = eqx.filter_eval_shape(discover, model, args, kwargs).value
         probes = [
             jnp.zeros((int(np.prod(shape)) if per_element else 1, PROBE_SIZE), jnp.float32) for shape in recorder.shapes
         ]
 
         def pair(pair):
-            value, (aux, seen) = traced(*pair)
+            model, probes = pair
+            value, (aux, seen) = traced(model, args, kwargs, probes, recorder.shapes)
             if seen.shapes != recorder.shapes:
                 raise RuntimeError("`loss` met other nodes when it was differentiated: is it a pure function?")
             return value, aux

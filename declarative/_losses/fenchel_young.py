@@ -19,7 +19,7 @@ from .._nodes.maps.entmax import Entmax
 from .._nodes.maps.softmax import Softmax
 from .._nodes.maps.sparsemax import Sparsemax
 
-Target = Int[Array, ""] | Float[Array, " n"]
+Target = int | Int[Array, ""] | Float[Array, " n"]
 
 _QUIET = Policy(throw=False)  # NaN scores give a NaN loss, as everywhere in JAX; `fit` stops on it and names the step.
 
@@ -40,7 +40,7 @@ def entmax_loss(scores: Float[Array, " n"], target: Target, alpha: float | Float
     **Arguments:**
 
     - `scores`: `(n,)`, float32 or float64. A score of -inf takes no part (its target must be 0).
-    - `target`: an integer class (taken modulo nothing: out of range gives NaN), or a probability vector `(n,)`.
+    - `target`: an integer class (one out of range gives NaN), or a probability vector `(n,)`.
     - `alpha`: in (1, 4]; an array gets its gradient.
 
     **Returns:** a non-negative scalar; gradient `entmax(scores) - target`, all modes and orders away from kinks.

@@ -358,7 +358,7 @@ def _check_low_precision(setting: _Setting):
         if "reverse" not in setting.supported:
             continue
         moving, still = eqx.partition((node_low, x_low), eqx.is_inexact_array)
-        scalar = lambda moving, still=still: (
+        scalar = lambda moving, still=still, value=value: (
             setting.cotangent.astype(jnp.float32)
             @ ravel_pytree(setting.project(value(*eqx.combine(moving, still))))[0].astype(jnp.float32)
         )

@@ -35,13 +35,12 @@ def open_run(directory: str | Path, config: dict[str, Any], *, resume: bool = Tr
             partial.write_text(json.dumps(config, indent=2) + "\n")
             partial.replace(path)
         return manager
-    manager_step = manager.latest_step()
     try:
         if not resume:
             raise ValueError(
-                f"{directory} holds a run at step {manager_step}. Choose another directory, or let it resume."
+                f"{directory} holds a run at step {manager.latest_step()}. Choose another directory, or let it resume."
             )
-        before = json.loads(path.read_text())
+        before = json.loads(path.read_text()) if path.exists() else {}
         differing = sorted(k for k in before.keys() | config.keys() if before.get(k) != config.get(k))
         if differing:
             raise ValueError(

@@ -74,11 +74,8 @@ def fit(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, but is {value}.")
 
-    params = eqx.filter(model, eqx.is_inexact_array)
-    with jax.numpy_dtype_promotion(
-        "standard"
-    ):  # optax raises a float to an integer power, which strict promotion refuses
-        opt_state = optimizer.init(params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer step count
+        opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
     state = put_replicated(TrainState(jnp.zeros((), jnp.int32), model, opt_state, key), mesh)
 
     manager = open_run(directory, config, resume=resume)
@@ -97,8 +94,8 @@ def fit(
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)
-        new_params = eqx.filter(model, eqx.is_inexact_array)
-        norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(new_params)}
+        parameters = eqx.filter(model, eqx.is_inexact_array)
+        norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(parameters)}
         metrics = {"loss": value, **norms, **aux}
         metrics |= {f"solver/{name}": getattr(health, name) for name in HEALTH}
         new = TrainState(state.step + 1, model, opt_state, state.key)
@@ -158,20 +155,15 @@ def _finite(row: dict[str, float]) -> bool:
 def _explain(row: dict[str, float], saved: int | None, directory: str | Path) -> str:
     causes = [f"the {name.replace('_', ' ')} is {row[name]}" for name in _VITAL if not math.isfinite(row[name])]
     failures = [f"{name} = {value:g}" for name, value in row.items() if name.endswith("failures") and value > 0]
+    solves = f"Solves failed in this step: {', '.join(failures)}." if failures else "No solve failed in this step."
+    good = f"The last good checkpoint is step {saved} in {directory}." if saved else "No checkpoint exists yet."
+    also = (
+        "for failed solves also better scaled inputs, or on_failure='zero'"
+        if failures
+        else "and check that step's data"
+    )
     return (
-        f"step {row['step']}: {' and '.join(causes)}. "
-        + (f"Solves failed in this step: {', '.join(failures)}. " if failures else "No solve failed in this step. ")
-        + (
-            f"The last good checkpoint is step {saved} in {directory}. "
-            if saved is not None
-            else "No checkpoint exists yet. "
-        )
-        + "Try a smaller learning rate or gradient clipping; "
-        + (
-            "for failed solves also a better scaled input, or on_failure='zero'."
-            if failures
-            else "and check the data of that step."
-        )
+        f"step {row['step']}: {' and '.join(causes)}. {solves} {good} Try a smaller learning rate or clipping; {also}."
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ..._core.adjoint import lax_loop
 from ..._core.implicit import LinearSystem, Run
@@ -23,10 +23,13 @@ from ..._solvers.simplex_maps import simplex_map
 
 
 class Scores(eqx.Module):
-    """One row of scores and the entries that take part: `mask` is True where an entry is kept, None keeps all."""
+    """One row of scores, shape (n,), and the entries that take part: `mask` is True where an entry is kept, None keeps all.
 
-    scores: Float[Array, " n"]
-    mask: Bool[Array, " n"] | None = None
+    A batch of them, shape (batch, n), is what `jax.vmap(node.solve)` takes; so shapes are checked by the node, not here.
+    """
+
+    scores: Array
+    mask: Array | None = None
 
 
 class SimplexPoint(eqx.Module):
