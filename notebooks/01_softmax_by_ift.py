@@ -48,7 +48,8 @@ BLUE, RED, GREY = "#1f4e9c", "#c0392b", "0.55"
 # Let $y$ be the solution of $y^3 + y = x$. There is a formula (Cardano's), but who remembers it? To get $\mathrm dy/\mathrm dx$ we do not
 # need it. The equation holds for *every* $x$, so both of its sides change at the same rate when $x$ does:
 #
-# $$ y^3 + y = x \quad\Longrightarrow\quad (3y^2 + 1)\,\mathrm dy = \mathrm dx \quad\Longrightarrow\quad \frac{\mathrm dy}{\mathrm dx} = \frac{1}{3y^2 + 1}. $$
+# $$ y^3 + y = x \quad\Longrightarrow\quad (3y^2 + 1)\,\mathrm dy = \mathrm dx
+# \quad\Longrightarrow\quad \frac{\mathrm dy}{\mathrm dx} = \frac{1}{3y^2 + 1}. $$
 #
 # At $x = 2$ the solution is $y = 1$, and the derivative is $\tfrac14$. To find it we had to know $y$, but not how $y$ was found. That is
 # the whole trick. In the library, you state the equation as a function that is zero at the solution:
@@ -150,7 +151,8 @@ print(jax.tree.leaves(softmax.optimality(solution.unknown, declarative.Scores(z)
 # **By hand**, three lines. The first row says $\mathrm dp = p \circ (\mathrm dz + \mathrm du\,\mathbf 1)$. Put it into the last row,
 # $\mathbf 1^\top \mathrm dp = 0$, and use $\mathbf 1^\top p = 1$: so $\mathrm du = -p^\top \mathrm dz$. Put that back:
 #
-# $$ \mathrm dp = p \circ \mathrm dz - p\,(p^\top \mathrm dz) \qquad\text{that is}\qquad \frac{\mathrm dp}{\mathrm dz} = \mathrm{diag}(p) - pp^\top. $$
+# $$ \mathrm dp = p \circ \mathrm dz - p\,(p^\top \mathrm dz)
+# \qquad\text{that is}\qquad \frac{\mathrm dp}{\mathrm dz} = \mathrm{diag}(p) - pp^\top. $$
 #
 # The system could be solved whatever $z$ was, so condition 3 always holds. **By machine**, on the same function $F$:
 
@@ -330,8 +332,8 @@ for on_failure in ("nan", "zero"):
 # %% [markdown]
 # ## 7. Break condition 2: a kink
 #
-# *Sparsemax* (Martins & Astudillo 2016) is softmax without the entropy: the point of the simplex that is closest to $z$. It can give exact zeros. The price is
-# a kink wherever a score is about to enter or leave the support. With the two scores $(t, 0)$ that happens at $t = \pm 1$:
+# *Sparsemax* (Martins & Astudillo 2016) returns the probability vector that is closest to $z$. Unlike softmax it can give exact zeros. The
+# price is a kink wherever a score is about to enter or leave the support. With the two scores $(t, 0)$ that happens at $t = \pm 1$:
 
 # %%
 sparsemax = declarative.Sparsemax()
@@ -397,9 +399,9 @@ right.invert_xaxis()
 plt.show()
 
 # %% [markdown]
-# The *condition number* of $\partial F/\partial y$ is the factor by which solving the linear system may amplify relative errors. It grows like $1/\sqrt x$, and
-# at $x = 0$ the matrix is singular. There the linear solve of the gradient fails. The node does not return what comes out of it; it reports.
-# Inside a loss, where a gradient has no room for a status, `value_and_grad_with_health` carries the report out:
+# The *condition number* of $\partial F/\partial y$ is the factor by which solving the linear system may amplify relative errors. It grows
+# like $1/\sqrt x$, and at $x = 0$ the matrix is singular. There the linear solve of the gradient fails, and the node reports
+# that instead of returning what came out of it. `value_and_grad_with_health` carries the report out of a gradient, which has no room for one:
 
 # %%
 for x in (1e-4, 0.0):
@@ -427,8 +429,8 @@ print("condition 3 holds:   ", declarative.conditions(newton, nearby, zero).hold
 
 # %% [markdown]
 # **There is a way to go on, at a price.** `ImplicitAdjoint(damping=...)` solves the linear system in a least-squares sense with a penalty
-# on large answers. The result is finite everywhere, and biased towards zero where the matrix is poorly conditioned. That can be the right choice for a training
-# run that must survive a bad batch. It is not a derivative.
+# on large answers. The result is finite everywhere, and biased towards zero where the matrix is poorly conditioned. That can be the right
+# choice for a training run that must survive a bad batch. It is not a derivative.
 
 # %%
 damped = declarative.Root(newton.fn, adjoint=declarative.ImplicitAdjoint(damping=1e-3), throw=False)
@@ -442,8 +444,8 @@ for x in (1.0, 1e-2, 1e-6, 0.0):
 # | condition | when it breaks | what you would get unchecked | what the library does |
 # |---|---|---|---|
 # | 1. $F(y, x) = 0$ | the solver stopped early | a gradient as wrong as the solution is | status on every element; raises, or NaN, or zero |
-# | 2. $F$ is smooth | a kink | one of the one-sided derivatives | documented convention; `conditions` gives the distance to the kink |
-# | 3. $\partial F/\partial y$ is nonsingular | solutions merge or vanish | infinity, NaN, or a huge number | reports the failed solve; `conditions` flags the near misses |
+# | 2. $F$ is smooth | a kink | one of the one-sided derivatives | a documented convention; `conditions` measures the distance |
+# | 3. $\partial F/\partial y$ nonsingular | solutions merge or vanish | NaN, or a huge number | reports; `conditions` flags near misses |
 #
 # - The derivative of a solution comes from the equations that it satisfies. How it was found does not matter.
 # - It costs one linear solve, and no memory of the iterations.
@@ -455,5 +457,5 @@ for x in (1.0, 1e-2, 1e-6, 0.0):
 # - **Write your own.** `docs/write-a-node.md` builds one, ridge regression, and runs the check kit on it.
 # - **Learn what to do about failures** in a real training step: `docs/failure.md`.
 # - **See what it costs.** `python -m benchmarks.adjoints` measures memory, time and bias of implicit differentiation against its alternatives.
-# - **Go on reading.** Amos & Kolter 2017, *OptNet* (arXiv:1703.00443), does for quadratic programs what we did for softmax; Gould, Hartley & Campbell 2019,
-#   *Deep Declarative Networks* (arXiv:1909.04866), for optimisation layers in general.
+# - **Go on reading.** Amos & Kolter 2017, *OptNet* (arXiv:1703.00443), does for quadratic programs what we did for softmax; Gould, Hartley &
+#   Campbell 2019, *Deep Declarative Networks* (arXiv:1909.04866), for optimisation layers in general.

@@ -38,10 +38,3 @@ def getkey():
         return new
 
     return get
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _forget_compilations():
-    """Compiled programs of a finished file are dropped, so that memory stays flat over the suite."""
-    yield
-    jax.clear_caches()

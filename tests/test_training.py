@@ -470,7 +470,7 @@ def launch(config: dict, final: Path) -> subprocess.Popen:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
 
 
-def finish(process: subprocess.Popen, final: Path, timeout: float = 120) -> None:
+def finish(process: subprocess.Popen, final: Path, timeout: float = 200) -> None:
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -478,14 +478,6 @@ def finish(process: subprocess.Popen, final: Path, timeout: float = 120) -> None
         process.wait()
         code = "a timeout"
     assert code == 0, f"the run ended with {code}:\n{final.with_suffix('.log').read_text()[-3000:]}"
-
-
-@pytest.fixture(scope="module")
-def whole_run(data, tmp_path_factory):
-    """An uninterrupted run on one device: its directory, and its final arrays."""
-    folder = tmp_path_factory.mktemp("whole")
-    finish(launch(TINY | {"data": data, "out": folder / "run"}, folder / "final.npz"), folder / "final.npz")
-    return folder / "run", folder / "final.npz"
 
 
 def assert_same_losses(run: Path, reference: Path) -> None:
@@ -511,20 +503,33 @@ def kill_after(process: subprocess.Popen, run: Path, step: int, final: Path) -> 
     assert code == -9, f"the run ended with {code} before it was killed after step {step}:\n{written}"
 
 
-def test_eight_devices_equal_one(whole_run, data, tmp_path):
-    final = tmp_path / "final.npz"
-    process = launch(TINY | {"data": data, "out": tmp_path / "run", "devices": 8}, final)
-    kill_after(process, tmp_path / "run", 6, final)  # eight devices on two cores are slow, and six steps say enough
-    assert_same_losses(tmp_path / "run", whole_run[0])
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Two runs at once: an uninterrupted one on one device (directory, final arrays), and the start of one on eight."""
+    folder = tmp_path_factory.mktemp("runs")
+    one, eight = folder / "one.npz", folder / "eight.npz"
+    process = launch(TINY | {"data": data, "out": folder / "one"}, one)
+    beside = launch(TINY | {"data": data, "out": folder / "eight", "devices": 8}, eight)
+    try:
+        kill_after(beside, folder / "eight", 6, eight)  # eight devices on two cores are slow, and six steps say enough
+        finish(process, one)
+    finally:
+        process.kill()
+        process.wait()
+    return folder / "one", one, folder / "eight"
 
 
-def test_killed_and_resumed_equals_uninterrupted(whole_run, data, tmp_path):
+def test_eight_devices_equal_one(runs):
+    assert_same_losses(runs[2], runs[0])
+
+
+def test_killed_and_resumed_equals_uninterrupted(runs, data, tmp_path):
     step = random.SystemRandom().randint(1, STEPS - 10)
     config, final = TINY | {"data": data, "out": tmp_path / "run"}, tmp_path / "final.npz"
     kill_after(launch(config, final), tmp_path / "run", step, final)
     finish(launch(config, final), final)
 
-    about, (reference, reference_final) = f"killed after step {step}", whole_run
+    about, (reference, reference_final, _) = f"killed after step {step}", runs
     with np.load(final) as ours, np.load(reference_final) as theirs:
         assert set(ours.files) == set(theirs.files)
         for name in theirs.files:
@@ -542,7 +547,7 @@ def free_port() -> int:
 
 
 @pytest.mark.full
-def test_two_processes_equal_one(whole_run, data, tmp_path):
+def test_two_processes_equal_one(runs, data, tmp_path):
     config = TINY | {"data": data, "out": tmp_path / "run", "devices": 1, "distributed": True, "processes": 2}
     config |= {"coordinator": f"127.0.0.1:{free_port()}"}
     finals = [tmp_path / "0.npz", tmp_path / "1.npz"]
@@ -554,7 +559,7 @@ def test_two_processes_equal_one(whole_run, data, tmp_path):
         for process in processes:
             process.kill()
             process.wait()
-    assert_same_losses(tmp_path / "run", whole_run[0])
+    assert_same_losses(tmp_path / "run", runs[0])
 
 
 @pytest.mark.full

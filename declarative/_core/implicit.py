@@ -149,7 +149,7 @@ def forward(problem: Problem, inputs: PyTree) -> Point:
 
 
 def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point:
-    """The status of a run by its residual, whatever the algorithm says; None trusts the algorithm (a closed form)."""
+    """The status of a run by its residual, whatever the algorithm says; None (a closed form) trusts it, if it says anything."""
     code = _code(run.result)
     steps = jnp.zeros((), jnp.int32) if run.steps is None else jnp.asarray(run.steps).astype(jnp.int32)
     vector, unravel = ravel_pytree(run.unknown)
@@ -169,10 +169,11 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         code = jnp.where((code == 0) & ~(residual <= tol.solution), _number(RESULTS.not_a_solution), code)
     else:
         residual = jnp.zeros((), vector.dtype)
-    code = jnp.where((code == 0) & ~jnp.all(jnp.isfinite(vector)), _number(RESULTS.nonfinite), code)
-    nan = [jnp.any(jnp.isnan(leaf)) for leaf in jtu.tree_leaves(eqx.filter(inputs, eqx.is_inexact_array))]
-    if nan:
-        code = jnp.where(jnp.any(jnp.stack(nan)), _number(RESULTS.nonfinite_data), code)
+    if residual_function is not None or run.result is None:
+        code = jnp.where((code == 0) & ~jnp.all(jnp.isfinite(vector)), _number(RESULTS.nonfinite), code)
+        nan = [jnp.any(jnp.isnan(leaf)) for leaf in jtu.tree_leaves(eqx.filter(inputs, eqx.is_inexact_array))]
+        if nan:
+            code = jnp.where(jnp.any(jnp.stack(nan)), _number(RESULTS.nonfinite_data), code)
     return Point(run.unknown, code, residual, steps, run.factor)
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -111,8 +112,8 @@ class AbstractDeclarativeNode(eqx.Module):
 
     **It may define** (each has a default): `pack`, `check`, `guess`, `value`, `dual`, `objective`, `step` (a contraction whose fixed
     points are the solutions; needed by the Neumann and one-step adjoints), `linear_system` (structure of dF/dy),
-    `kink_distance`, and the class attributes `smoothness` and `closed_form` (the derivative of `run` itself is the rule: no
-    linear solve, nothing to check).
+    `kink_distance`, and the class attributes `smoothness`, `closed_form` (the derivative of `run` itself is the rule: no linear
+    solve, nothing to check) and `fails_as_nan` (of a closed form: a failed element is NaN already, value and gradient).
 
     **Calls.** `node(x)` returns the value and applies the policy; `node.solve(x)` returns a `Solution` and never raises on
     failure. One example each: batches by `jax.vmap`. `x` is any pytree of arrays; the node's own array leaves are learnable.
@@ -126,6 +127,7 @@ class AbstractDeclarativeNode(eqx.Module):
 
     smoothness: ClassVar[str] = "not declared"
     closed_form: ClassVar[bool] = False
+    fails_as_nan: ClassVar[bool] = False
 
     def __check_init__(self):
         if self.adjoint is not None and not isinstance(self.adjoint, optx.AbstractAdjoint):
@@ -205,17 +207,12 @@ def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyT
     """`node(x)`: for nodes that give `__call__` a friendlier signature."""
     inputs, probe = _inputs_and_probe(node, x, y0)
     with health.unobserved():
-        value, code, data_ok = _evaluate(inputs, probe, throw=node.policy.throw)
+        value, code = _evaluate(inputs, probe)
     if node.policy.throw:
         code = raise_failures(code, type(node).__name__)
-        value = select(code == 0, value, lambda leaf: jnp.nan)
-    elif node.policy.fill == "zero":
-        # Zeros for non-finite data; else the last iterate, which is finite unless the solver overflowed.
-        last = lambda leaf: jnp.where(data_ok & jnp.isfinite(leaf), detach(leaf), 0)
-        value = select(code == 0, value, last)
-    else:
-        # A product, not a select: the gradient of a failed element is NaN as well.
-        value = jtu.tree_map(lambda leaf: leaf * jnp.where(code == 0, 1, jnp.nan).astype(leaf.dtype), value)
+        if isinstance(code, jax.core.Tracer):
+            # The check happens only if its result is used; where something failed this is never reached.
+            value = select(code == 0, value, lambda leaf: jnp.nan)
     return _as_given(value, x)
 
 
@@ -247,10 +244,23 @@ def _inputs_and_probe(node, x, y0):
 
 # Compiled, so that an eager call costs no more than its arithmetic; two functions, so that a plain call computes nothing else.
 @eqx.filter_jit
-def _evaluate(inputs, probe, *, throw: bool):
+def _evaluate(inputs, probe):
+    """(value with failed elements filled as the policy says, status code)."""
     node, x, _ = inputs
-    point = _differentiable_point(inputs, probe, throw, measured=False)
-    return node.value(point.unknown, x), point.code, point.code != int(RESULTS.nonfinite_data._value)
+    policy = node.policy
+    point = _differentiable_point(inputs, probe, policy.throw, measured=False)
+    value, code = node.value(point.unknown, x), point.code
+    if policy.throw:
+        return value, code
+    if policy.fill == "zero":
+        # Zeros for non-finite data; else the last iterate, which is finite unless the solver overflowed.
+        data_ok = code != int(RESULTS.nonfinite_data._value)
+        last = lambda leaf: jnp.where(data_ok & jnp.isfinite(leaf), detach(leaf), 0)
+        return select(code == 0, value, last), code
+    if node.adjoint is None and node.fails_as_nan:
+        return value, code
+    # A product, not a select: the gradient of a failed element is NaN as well.
+    return jtu.tree_map(lambda leaf: leaf * jnp.where(code == 0, 1, jnp.nan).astype(leaf.dtype), value), code
 
 
 @eqx.filter_jit

@@ -385,8 +385,9 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
     d_p = v - s * d_theta
     if kind == "general":
         # Where alpha > 2 lets one s_i dominate, its d_p is the difference of close numbers; from 1'dp = 0 it is accurate.
-        steepest = jnp.arange(p.size) == jnp.argmax(s)
-        d_p = jnp.where(steepest, -jnp.sum(jnp.where(steepest, 0, d_p)), d_p)
+        steepest = jnp.where(s >= jnp.max(s), jnp.ones_like(s), 0)
+        (ties,) = _row_sums(steepest)
+        d_p = d_p - steepest * (jnp.sum(d_p) / jnp.where(ties > 0, ties, 1))
     zero_steps, zero_flag = np.zeros((), jax.dtypes.float0), np.zeros((), jax.dtypes.float0)
     return out, SimplexMap(d_p, d_theta, zero_steps, zero_flag, zero_flag)  # pyright: ignore[reportArgumentType]
 

@@ -40,8 +40,10 @@ class SimplexPoint(eqx.Module):
 
 
 def pack(x, mask=None) -> Scores:
-    """`Scores` from whatever the caller gave."""
-    return x if isinstance(x, Scores) else Scores(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
+    """`Scores` from whatever the caller gave. What the mask takes out may be anything, NaN too: it becomes -inf here."""
+    x = x if isinstance(x, Scores) else Scores(jnp.asarray(x), None if mask is None else jnp.asarray(mask))
+    good = x.mask is not None and x.mask.dtype == jnp.bool_ and x.mask.shape == x.scores.shape
+    return Scores(masked(x), x.mask) if good else x  # anything else is for `check` to name
 
 
 def check(x, name: str) -> None:

@@ -51,6 +51,7 @@ class Softmax(AbstractDeclarativeNode):
 
     smoothness: ClassVar[str] = "infinitely differentiable everywhere"
     closed_form: ClassVar[bool] = True
+    fails_as_nan: ClassVar[bool] = True  # there is no iteration to run out of steps
 
     def __init__(
         self,
