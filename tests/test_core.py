@@ -43,10 +43,10 @@ def exact():
     "adjoint",
     [
         None,
-        dn.ImplicitAdjoint(lx.GMRES(rtol=1e-12, atol=1e-12)),
+        pytest.param(dn.ImplicitAdjoint(lx.GMRES(rtol=1e-12, atol=1e-12)), marks=pytest.mark.full),
         dn.NeumannAdjoint(80),
         dn.UnrolledAdjoint(),
-        optx.ImplicitAdjoint(),
+        pytest.param(optx.ImplicitAdjoint(), marks=pytest.mark.full),
     ],
     ids=lambda a: type(a).__name__,
 )

@@ -10,8 +10,9 @@ Softmax attention looks everywhere at least a little. Sparsemax gives most patch
 learns, head by head, how sparse to be. The run ends with a figure of where every head looks.
 
 The data are scikit-learn's 1797 digits of 8 x 8 pixels, split 80/20 with a fixed seed, or a folder of larger images
-(`--data`). Nothing is chosen on the test set: the weights are those of the last step, and the settings below were compared on
-folds of the training images.
+(`--data`). The weights are those of the last step: a run selects nothing on the test images. The settings below were
+compared on folds of the training images, where they hold up (softmax 98.6 %, sparsemax 98.4 %, entmax 98.5 %); very first
+trials of four of them (position scale, patch overlap, learning rate, shifts) had looked at the test images.
 """
 
 from dataclasses import asdict, dataclass
