@@ -231,8 +231,8 @@ level = jax.vmap(lambda c: jax.nn.logsumexp(z + c))(shifts)
 figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
 axes.plot(level, jax.vmap(lambda c: sigma_min(as_printed, z + c))(shifts), color=RED)
 axes.plot(level, jax.vmap(lambda c: sigma_min(F, z + c))(shifts), color=BLUE)
-axes.text(2.0, 0.38, "plain row", color=BLUE)
-axes.text(1.3, 0.05, "row as printed: singular at 1", color=RED)
+axes.text(3.0, 0.66, "plain row", color=BLUE)
+axes.text(1.25, 0.05, "row as printed: singular at 1", color=RED)
 axes.set(xlabel="logsumexp(z)", ylabel=r"smallest singular value of $\partial F/\partial y$", ylim=(0, None))
 plt.show()
 
@@ -344,7 +344,7 @@ figure, (above, below) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained"
 for node, colour, name in ((softmax, GREY, "softmax"), (sparsemax, BLUE, "sparsemax")):
     first = lambda t, node=node: node(pair(t))[0]
     above.plot(t, jax.vmap(first)(t), color=colour, label=name)
-    below.plot(t, jax.vmap(jax.grad(first))(t), color=colour)
+    below.plot(t, jax.vmap(jax.grad(first))(t), ".", color=colour, markersize=3)
 above.set(xlabel="t", title="weight of the first score")
 below.set(xlabel="t", title="its derivative")
 above.legend(frameon=False)

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.extend
+import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
@@ -49,7 +50,8 @@ class Closed(eqx.Module):
     trace: Any = eqx.field(static=True)
 
     def __call__(self, *args: PyTree) -> PyTree:
-        leaves, in_tree = jtu.tree_flatten(args)
+        # Static leaves (functions in a module) were fixed by the trace.
+        leaves, in_tree = jtu.tree_flatten(eqx.filter(args, eqx.is_array))
         assert in_tree == self.trace.in_tree, "A closed function is called with the structure that it was traced for."
         closed = jax.extend.core.ClosedJaxpr(self.trace.jaxpr, self.captured)
         out = jax.extend.core.jaxpr_as_fun(closed)(*leaves)
@@ -60,13 +62,16 @@ def close(fn: Callable, *args: PyTree) -> Closed:
     """Traces `fn(*args)` once. Arguments are arrays; `fn` may be a function, a partial or an Equinox module."""
     if isinstance(fn, Closed):
         return fn
-    leaves, in_tree = jtu.tree_flatten(args)
+    is_data = lambda leaf: eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+    dynamic, static = eqx.partition(args, is_data)
+    leaves, in_tree = jtu.tree_flatten(dynamic)
     out_tree = None
 
     def flat(*leaves):
         nonlocal out_tree
-        out, out_tree = jtu.tree_flatten(fn(*jtu.tree_unflatten(in_tree, leaves)))
+        out, out_tree = jtu.tree_flatten(fn(*eqx.combine(jtu.tree_unflatten(in_tree, leaves), static)))
         return out
 
     closed = jax.make_jaxpr(flat)(*leaves)
-    return Closed(list(closed.consts), _Trace(fn, closed.jaxpr, in_tree, out_tree))
+    # NumPy arrays in a closure are captured as they are.
+    return Closed([jnp.asarray(const) for const in closed.consts], _Trace(fn, closed.jaxpr, in_tree, out_tree))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .implicit import largest, norm
+from .implicit import largest, norm, typical_scale
 from .node import AbstractDeclarativeNode, Solution, bound_inputs
 from .tolerances import tolerances
 
@@ -69,8 +69,9 @@ class ConditionsReport(eqx.Module):
             )
         if not regular:
             lines.append(
-                "dF/dy is singular to working accuracy: the solution is not a differentiable function of the data here. "
-                "Regularise the problem, or use ImplicitAdjoint(damping=...) and accept its bias."
+                "dF/dy is singular to working accuracy, or jumps: the solution is not a differentiable function of the data here. "
+                f"(It changes by {float(self.uncertainty):.1e} within the accuracy of y.) If this is no kink, regularise the problem, "
+                "or use ImplicitAdjoint(damping=...) and accept its bias."
             )
         elif float(self.condition) > 1 / tolerances(np.asarray(self.residual).dtype).linear:
             lines.append(
@@ -89,7 +90,7 @@ class ConditionsReport(eqx.Module):
         return (
             f"1. F(y, x) = 0            {word[solved]}: |F| = {float(self.residual):.1e}, relative "
             f"{float(self.relative_residual):.1e}\n"
-            f"2. F is C1                {word[smooth]}: {self.smoothness}{kink}\n"
+            f"2. F is C1                {word[smooth]}{'' if smooth is None else ': ' + self.smoothness}{kink}\n"
             f"3. dF/dy is nonsingular   {word[regular]}: singular values {float(self.sigma_min):.2e} to "
             f"{float(self.sigma_max):.2e}, condition {float(self.condition):.2e}{kind}\n"
             f"{self.verdict()}"
@@ -109,17 +110,19 @@ def conditions(node: AbstractDeclarativeNode, solution: Solution, x: PyTree) -> 
     n = vector.size
 
     size = largest(vector)
-    scale = jnp.where(size > 0, size, 1).astype(vector.dtype)
+    scale = jnp.where(size > 0, size, typical_scale(function, vector)).astype(vector.dtype)
     signs = jnp.asarray(np.random.default_rng(0).choice([-1.0, 1.0], n), vector.dtype)
     value, change = jax.jvp(function, (vector,), (scale * signs,))
     residual, allowed = norm(value), norm(change)
     relative = jnp.where(residual == 0, 0, residual / jnp.where(allowed > 0, allowed, 1))
 
-    # Not smaller than 1: near y = 0 there is no other scale to be uncertain by.
-    shift = eps**0.5 * jnp.maximum(scale, 1) * signs
-    if n <= _DENSE:
-        jacobian = jax.jacfwd(function)
-        at = jacobian(vector)
+    jacobian = jax.jacfwd(function)
+    at = jacobian(vector) if n <= _DENSE else None
+    # Where y may be: within its rounding, and within a few Newton steps (at a double root those do not shrink below y's distance).
+    newton = 0.0 if at is None else largest(jnp.linalg.solve(at, value))
+    moved = jnp.maximum(eps**0.5 * scale, 4 * jnp.where(jnp.isfinite(newton), newton, 0))
+    shift = moved * signs
+    if at is not None:
         values = jnp.linalg.svd(at, compute_uv=False)
         sigma_max, sigma_min = values[0], values[-1]
         uncertainty = jnp.linalg.norm(jacobian(vector + shift) - jacobian(vector - shift)) / 2

@@ -41,8 +41,17 @@ def describe(codes, title: str) -> str:
     return "\n".join(lines)
 
 
+# lineax speaks to whoever called lineax; here it was a node's solver, at one of its iterates.
+_SINGULAR = (
+    "A linear solve inside the solver gave NaN or infinity: the Jacobian is singular at an iterate, or the iteration ran off to "
+    "infinity. Is there a solution? If so, give a better `y0`, or another `solver`."
+)
+
+
 def message(code) -> str:
     """The first paragraph of the message of a status code."""
+    if int(code) == int(RESULTS.singular._value):
+        return _SINGULAR
     text = " ".join(RESULTS._index_to_message[int(code)].split("\n\n")[0].split())
     return text or "successful"
 

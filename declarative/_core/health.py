@@ -77,7 +77,7 @@ class _Recorder:
         self.names: list[str] = []
         self.shapes: list[tuple[int, ...]] = []
 
-    def probe(self, name: str, witness: Bool[Array, ""], dtype) -> Float[Array, " fields"]:
+    def probe(self, name: str, witness: Bool[Array, ""]) -> Float[Array, " fields"]:
         slot = len(self.names)
         self.names.append(name)
         self.shapes.append(())
@@ -89,8 +89,8 @@ class _Recorder:
         else:
             lane = 0
         if self.probes is None:
-            return jnp.zeros(PROBE_SIZE, dtype)
-        return self.probes[slot][lane].astype(dtype)
+            return jnp.zeros(PROBE_SIZE, jnp.float32)
+        return self.probes[slot][lane]
 
 
 def _lane(witness, shape: tuple[int, ...], whole: tuple[int, ...] | None, note: Callable[[tuple[int, ...]], None]):
@@ -118,15 +118,15 @@ def _lane(witness, shape: tuple[int, ...], whole: tuple[int, ...] | None, note: 
     return lane(witness)
 
 
-def probe_for(name: str, inputs, dtype) -> Float[Array, " fields"]:
+def probe_for(name: str, inputs) -> Float[Array, " fields"]:
     """The probe of one node call: zeros, unless `value_and_grad_with_health` is listening."""
     recorder = _context.value
     if recorder is None:
-        return jnp.zeros(PROBE_SIZE, dtype)
+        return jnp.zeros(PROBE_SIZE, jnp.float32)
     leaves = [leaf for leaf in jtu.tree_leaves(inputs) if eqx.is_array(leaf) and leaf.size > 0]
     flat = [jr_data(leaf).ravel()[0] for leaf in leaves]
     witness = reduce(or_, [leaf != leaf for leaf in flat], jnp.zeros((), bool))  # noqa: PLR0124
-    return recorder.probe(name, witness, dtype)
+    return recorder.probe(name, witness)
 
 
 def jr_data(leaf):
@@ -151,7 +151,8 @@ class Health(eqx.Module):
     - `backward_failures`: how many had a good forward solution and a failed linear solve.
     - `forward_residual`, `backward_residual`: mean relative residuals of the solves that succeeded.
     - `steps`: mean number of solver steps of the forward solve.
-    - `forward_result`, `backward_result`: status codes (`RESULTS`), only with `per_element=True`, else None.
+    - `forward_result`, `backward_result`: status codes (`RESULTS`) where there was one failure (sums of codes where there were more,
+      as in a scan); only with `per_element=True`, else None.
     """
 
     solves: Any
@@ -180,8 +181,11 @@ class Health(eqx.Module):
                     ("backward", pick(self.backward_result), backward),
                 ):
                     for lane in np.argwhere(failed > 0)[:8]:
-                        where = ", ".join(map(str, lane.tolist())) or "the only one"
-                        lines.append(f"  {direction}, element {where}: {message(codes[tuple(lane)])}")
+                        where = f", element {', '.join(map(str, lane.tolist()))}" if lane.size else ""
+                        # Codes add up like everything else, so only a single failure has a cause to name.
+                        count = int(failed[tuple(lane)])
+                        cause = message(codes[tuple(lane)]) if count == 1 else f"{count} failures (`solve` says why)"
+                        lines.append(f"  {direction}{where}: {cause}")
         return "\n".join(lines) if lines else "No implicit solve on the gradient's path."
 
 
@@ -198,7 +202,8 @@ def _summarise(cotangents: list[Array], names: list[str], shapes: list[tuple[int
         return Health(*fields(total)[:6])
     labels = [f"{name} #{i}" for i, name in enumerate(names)]
     columns = [
-        fields(cotangent.reshape(*shape, PROBE_SIZE)) for cotangent, shape in zip(cotangents, shapes, strict=True)
+        fields(cotangent[: int(np.prod(shape))].reshape(*shape, PROBE_SIZE))
+        for cotangent, shape in zip(cotangents, shapes, strict=True)
     ]
     return Health(*({label: column[i] for label, column in zip(labels, columns, strict=True)} for i in range(8)))
 
@@ -233,7 +238,8 @@ def value_and_grad_with_health(loss: Callable, *, has_aux: bool = False, per_ele
         discover = lambda model, args, kwargs: _Static(traced(model, args, kwargs, None, None)[1][1])
         recorder = eqx.filter_eval_shape(discover, model, args, kwargs).value
         probes = [
-            jnp.zeros((int(np.prod(shape)) if per_element else 1, PROBE_SIZE), jnp.float32) for shape in recorder.shapes
+            jnp.zeros((max(1, int(np.prod(shape))) if per_element else 1, PROBE_SIZE), jnp.float32)
+            for shape in recorder.shapes
         ]
 
         def pair(pair):

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from . import health
 from .failure import raise_failures
 from .results import RESULTS
-from .tolerances import tolerances
+from .tolerances import tolerances, zero_tolerance
 
 
 class Run(eqx.Module):
@@ -138,6 +138,11 @@ def typical_scale(function: Callable[[PyTree], PyTree], y: PyTree) -> Float[Arra
     return jax.lax.stop_gradient(jnp.where((scale > 0) & jnp.isfinite(scale), scale, 1))
 
 
+def _directions(vector):
+    rng = np.random.default_rng(1)
+    return jnp.asarray(rng.choice([-1.0, 1.0], (3, vector.size)), vector.dtype)
+
+
 def _signs(tree: PyTree) -> PyTree:
     rng = np.random.default_rng(0)
     return jtu.tree_map(lambda leaf: jnp.asarray(rng.choice([-1.0, 1.0], leaf.shape), leaf.dtype), tree)
@@ -155,14 +160,18 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
     vector, unravel = ravel_pytree(run.unknown)
     if residual_function is not None:
         function = lambda vector: ravel_pytree(residual_function(unravel(vector), inputs))[0]
-        # What moving the unknown by the tolerance would do to F, in a fixed random direction of signs.
-        scale = largest(vector) if run.scale is None else jnp.maximum(largest(vector), run.scale)
-        scale = jnp.where(scale > 0, scale, 1).astype(vector.dtype)
-        value, change = jax.jvp(function, (vector,), (scale * _signs(vector),))
-        allowed = norm(change)
-        # An exact root counts as such even where dF/dy vanishes.
-        residual = jnp.where(norm(value) == 0, 0, norm(value) / jnp.where(allowed > 0, allowed, 1))
         tol = tolerances(vector.dtype, run.rtol)
+        # The floor is for unknowns that vanish: the solvers' absolute tolerance, seen from this check (see `zero_tolerance`).
+        floor = 0 if run.scale is None else run.scale * (zero_tolerance(tol.solver) / tol.solution)
+        scale = jnp.maximum(largest(vector), floor).astype(vector.dtype)
+        scale = jnp.where(scale > 0, scale, 1)
+        # What a relative change of the whole unknown does to each entry of F, along three random directions of signs. Entry by
+        # entry, so that a strongly scaled equation cannot cover for a weak one; three, since one may cancel.
+        value, jvp = jax.linearize(function, vector)
+        allowed = scale * jnp.max(jnp.abs(jax.vmap(jvp)(_directions(vector))), axis=0)
+        # An exact zero counts as such even where dF/dy vanishes.
+        ratio = jnp.where(value == 0, 0, jnp.abs(value) / jnp.where(allowed > 0, allowed, jnp.finfo(vector.dtype).tiny))
+        residual = jnp.max(ratio, initial=0)
         # A solver that ran out of steps at its own tolerance (rounding kept it from noticing) has solved the problem.
         tired = code == _number(RESULTS.nonlinear_max_steps_reached)
         code = jnp.where(tired & (residual <= tol.solver), 0, code)
@@ -245,7 +254,7 @@ def _implicit_solution_jvp(primals, tangents, *, problem: Problem):
         return jnp.concatenate([solution, rest])
 
     extended = lambda v: jnp.concatenate([jacobian(v[:n]), v[n:]])
-    t_probe = jnp.zeros_like(probe) if t_probe is None else t_probe
+    t_probe = (jnp.zeros_like(probe) if t_probe is None else t_probe).astype(vector.dtype)
     tangent = jax.lax.custom_linear_solve(
         extended,
         jnp.concatenate([rhs, t_probe]),

@@ -239,7 +239,7 @@ def _inputs_and_probe(node, x, y0):
     inputs = bound_inputs(node, x, y0)
     if not _solves_linear_system(node):
         return inputs, None
-    return inputs, health.probe_for(type(node).__name__, inputs, _dtype(inputs))
+    return inputs, health.probe_for(type(node).__name__, inputs)
 
 
 # Compiled, so that an eager call costs no more than its arithmetic; two functions, so that a plain call computes nothing else.
@@ -409,7 +409,9 @@ def _working(tree: PyTree, name: str) -> PyTree:
     """Arrays in the working dtype: Python numbers become arrays, half precision becomes float32, complex raises."""
 
     def convert(leaf):
-        if name != "node" and isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
+        if isinstance(leaf, np.generic):
+            leaf = leaf.item()  # NumPy's scalars are numbers, whose dtype means as little as that of Python's
+        if name != "node" and isinstance(leaf, (bool, int, float, complex, np.ndarray)):
             leaf = jnp.asarray(leaf)
         if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(f"{name} is complex ({leaf.dtype}); split it into real and imaginary parts.")
@@ -418,8 +420,3 @@ def _working(tree: PyTree, name: str) -> PyTree:
         return leaf
 
     return jtu.tree_map(convert, tree)
-
-
-def _dtype(inputs):
-    dtypes = [leaf.dtype for leaf in jtu.tree_leaves(inputs) if eqx.is_inexact_array(leaf)]
-    return jnp.result_type(*dtypes) if dtypes else jnp.result_type(float)

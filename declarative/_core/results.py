@@ -11,8 +11,9 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "them?"
     )
     not_a_solution = (
-        "The solver stopped, but the optimality residual is too large for its answer to be a solution. Tighten the "
-        "solver's `rtol`/`atol`, give a better `y0`, or scale the problem."
+        "The answer does not satisfy the optimality conditions: the residual is too large. Either the solver ran off or "
+        "stopped early (a better `y0`, another `solver`; Picard iteration diverges unless the map is a contraction), or the "
+        "algorithm and `optimality` do not describe the same problem (a sign, a missing term?)."
     )
     infeasible = "The problem has no feasible point."
     unbounded = "The objective is unbounded below on the feasible set."

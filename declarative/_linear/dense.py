@@ -57,8 +57,8 @@ class Dense(lx.AbstractLinearSolver):
         solution = inverse @ flat
         solution = solution + inverse @ (flat - matrix @ solution)
         sizes = jnp.abs(state.pivots)
-        bound = 4 * sizes.size * float(jnp.finfo(sizes.dtype).eps) * jnp.max(sizes)
-        result = lx.RESULTS.where(jnp.min(sizes) > bound, lx.RESULTS.successful, lx.RESULTS.singular)
+        bound = 4 * sizes.size * float(jnp.finfo(sizes.dtype).eps) * jnp.max(sizes, initial=0)
+        result = lx.RESULTS.where(jnp.min(sizes, initial=jnp.inf) > bound, lx.RESULTS.successful, lx.RESULTS.singular)
         return _unravel(solution, state.structures[1 if state.transposed else 0]), result, {}
 
     def transpose(self, state, options):

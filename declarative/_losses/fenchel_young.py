@@ -55,7 +55,11 @@ def _loss(node, scores, target, alpha):
     simplex.check(x, "A Fenchel-Young loss")
     dtype = scores.dtype
     if scores.dtype.itemsize == 2:
-        scores, x = scores.astype(jnp.float32), simplex.pack(scores.astype(jnp.float32))
+        scores = scores.astype(jnp.float32)
+    # The loss does not change with a common offset, and its terms would cancel to the rounding error of the largest score.
+    top = jax.lax.stop_gradient(jnp.max(scores))
+    scores = scores - jnp.where(jnp.isfinite(top), top, 0)
+    x = simplex.pack(scores)
     if jnp.issubdtype(target.dtype, jnp.integer):
         if target.shape != ():
             raise ValueError(f"an integer target must be a scalar class, got shape {target.shape}: use jax.vmap.")

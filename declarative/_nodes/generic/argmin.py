@@ -78,11 +78,11 @@ class Argmin(AbstractDeclarativeNode):
             )
 
     def guess(self, x, y0):
-        return require_guess(self, y0)
+        return require_guess(self, y0, x)
 
     def bind(self, x, y0):
         closed = close(self.fn, y0, x)
-        shape = jax.eval_shape(closed, y0, x)
+        shape = eqx.filter_eval_shape(closed, y0, x)
         if not hasattr(shape, "shape") or shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(f"objective must return a floating scalar, got {shape}.")
         return eqx.tree_at(lambda node: node.fn, self, closed)

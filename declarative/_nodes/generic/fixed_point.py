@@ -20,9 +20,9 @@ from ..._core.adjoint import PlainLoop
 from ..._core.closure import close
 from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
-from ..._core.tolerances import check_rtol, solver_rtol, tolerances
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
 from ..._solvers.picard import Picard
-from .root import check_function, require_guess
+from .root import check_function, check_shape, require_guess
 
 _Solver = (
     optx.AbstractFixedPointSolver | optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
@@ -67,10 +67,12 @@ class FixedPoint(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def guess(self, x, y0):
-        return require_guess(self, y0)
+        return require_guess(self, y0, x)
 
     def bind(self, x, y0):
-        return eqx.tree_at(lambda node: node.fn, self, close(self.fn, y0, x))
+        closed = close(self.fn, y0, x)
+        check_shape(self, closed, y0, x)
+        return eqx.tree_at(lambda node: node.fn, self, closed)
 
     def optimality(self, y, x):
         return jtu.tree_map(jnp.subtract, self.fn(y, x), y)
@@ -82,7 +84,7 @@ class FixedPoint(AbstractDeclarativeNode):
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        solver = Picard(tol.solver, tol.solver * scale) if self.solver is None else self.solver
+        solver = Picard(tol.solver, zero_tolerance(tol.solver) * scale) if self.solver is None else self.solver
         out = optx.fixed_point(
             self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )

@@ -21,7 +21,8 @@ from ..._core.adjoint import PlainLoop, default_linear_solver
 from ..._core.closure import close
 from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
-from ..._core.tolerances import check_rtol, solver_rtol, tolerances
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
+from ..._solvers.newton import Newton
 
 
 class Root(AbstractDeclarativeNode):
@@ -63,10 +64,13 @@ class Root(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def guess(self, x, y0):
-        return require_guess(self, y0)
+        return require_guess(self, y0, x)
 
     def bind(self, x, y0):
-        return eqx.tree_at(lambda node: node.fn, self, close(self.fn, y0, x))
+        closed = close(self.fn, y0, x)
+        if not isinstance(self.solver, (optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)):
+            check_shape(self, closed, y0, x)
+        return eqx.tree_at(lambda node: node.fn, self, closed)
 
     def optimality(self, y, x):
         return self.fn(y, x)
@@ -82,10 +86,11 @@ class Root(AbstractDeclarativeNode):
         return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
 
 
-def newton(rtol: float, scale: Any, y0: PyTree) -> optx.Newton:
+def newton(rtol: float, scale: Any, y0: PyTree) -> Newton:
     """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it."""
     size = jax.eval_shape(lambda y: jnp.zeros(sum(leaf.size for leaf in jtu.tree_leaves(y)), scale.dtype), y0)
-    return optx.Newton(rtol=rtol, atol=rtol * scale, linear_solver=default_linear_solver(size))
+    atol = zero_tolerance(rtol) * scale
+    return Newton(rtol=rtol, atol=atol, linear_solver=default_linear_solver(size))
 
 
 def check_function(fn, name: str):
@@ -94,13 +99,29 @@ def check_function(fn, name: str):
     return fn
 
 
-def require_guess(node: AbstractDeclarativeNode, y0: PyTree) -> PyTree:
-    """The guess as inexact arrays."""
+def require_guess(node: AbstractDeclarativeNode, y0: PyTree, x: PyTree) -> PyTree:
+    """The guess as inexact arrays: a number or integers take the dtype of the data, and no dtype is below it."""
     if y0 is None or not jtu.tree_leaves(y0):
         raise ValueError(f"{type(node).__name__} needs a guess: call it as `node(x, y0=...)`; y0 fixes the shape of y.")
 
+    dtypes = [leaf.dtype for leaf in jtu.tree_leaves((node, x)) if eqx.is_inexact_array(leaf)]
+    widest = lambda dtypes: max(dtypes, key=lambda dtype: dtype.itemsize)
+    dtype = widest(dtypes) if dtypes else jnp.result_type(float)
+
     def inexact(leaf):
         leaf = jnp.asarray(leaf)
-        return leaf if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf.astype(jnp.result_type(float))
+        typed = jnp.issubdtype(leaf.dtype, jnp.inexact) and not leaf.weak_type
+        # `convert_element_type` also forgets that a Python number has no dtype of its own.
+        return jax.lax.convert_element_type(leaf, widest([leaf.dtype, dtype]) if typed else dtype)
 
     return jtu.tree_map(inexact, y0)
+
+
+def check_shape(node: AbstractDeclarativeNode, fn, y0: PyTree, x: PyTree) -> None:
+    """Raises if `fn(y0, x)` is not shaped and typed like `y0`."""
+    describe = lambda tree: jtu.tree_map(lambda leaf: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}", tree)
+    got, want = describe(eqx.filter_eval_shape(fn, y0, x)), describe(y0)
+    if got != want:
+        raise ValueError(
+            f"{type(node).__name__}: fn(y, x) must have the shape of the unknown and its dtype. y0 is {want}, fn returned {got}."
+        )

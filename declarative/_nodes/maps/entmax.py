@@ -26,7 +26,7 @@ class Entmax(AbstractDeclarativeNode):
     |----------|-----------|--------|------------------------------------------------------------------------------------------------|
     | $z$      | `scores`  | `(n,)` | scores, dimensionless                                                                          |
     | $\alpha$ | `alpha`   | `()`   | exponent in (1, 4]; a Python number is fixed, an array is a learnable leaf                     |
-    | $\tau$   | `dual`    | `()`   | threshold; `unknown.theta` is $(\tau + 1)/(\alpha - 1)$, which stays finite as $\alpha \to 1$  |
+    | $\tau$   | `dual`    | `()`   | threshold; `unknown.theta` is $(\tau + 1)/(\alpha - 1) - \max z$, finite as $\alpha \to 1$       |
 
     **Arguments:** `alpha`. `throw`, `on_failure`, `max_steps`, `adjoint`: see `Policy` and `ImplicitAdjoint`.
     **Call:** `entmax(z, mask=None)`: `Float[Array, " n"]`, float32 or float64 (half precision is computed in float32); `mask` is boolean,
@@ -82,11 +82,11 @@ class Entmax(AbstractDeclarativeNode):
         return envelope(_attained, y, (x, self._alpha(x)))
 
     def dual(self, y, x):
-        return (self._alpha(x) - 1) * y.theta - 1
+        return (self._alpha(x) - 1) * simplex.multiplier(y, x) - 1
 
     def run(self, x, y0, loop):
         del y0
-        return simplex.run(x, self._alpha(x), self.policy.max_steps, loop)
+        return simplex.run(x, self._alpha(x), self.policy.max_steps, loop, shifted=self.adjoint is not None)
 
     def value(self, y, x):
         return y.probabilities

@@ -33,7 +33,11 @@ class Scores(eqx.Module):
 
 
 class SimplexPoint(eqx.Module):
-    """The unknown of a simplex map: the probabilities, and the multiplier of (K2)."""
+    """The unknown of a simplex map: the probabilities, and the multiplier of (K2) less the largest score.
+
+    Less the largest score, because differences of scores are exact where their sizes are not: at a common offset of 1e6 a
+    float32 multiplier would be off by 0.06.
+    """
 
     probabilities: Float[Array, " n"]
     theta: Float[Array, ""]
@@ -66,6 +70,17 @@ def masked(x: Scores) -> Float[Array, " n"]:
     return x.scores if x.mask is None else jnp.where(x.mask, x.scores, -jnp.inf)
 
 
+def reference(x: Scores) -> Float[Array, ""]:
+    """The largest score, without its gradient; 0 for a row that has no finite one."""
+    top = jax.lax.stop_gradient(jnp.max(masked(x)))
+    return jnp.where(jnp.isfinite(top), top, 0)
+
+
+def multiplier(y: SimplexPoint, x: Scores) -> Float[Array, ""]:
+    """theta of (K1)."""
+    return y.theta + reference(x)
+
+
 def exp_alpha(t: Float[Array, " n"], alpha) -> Float[Array, " n"]:
     """(K1), finite and with finite derivatives for every `t` that a score and a multiplier can make."""
     eps = alpha - 1
@@ -88,7 +103,7 @@ def optimality(y: SimplexPoint, x: Scores, alpha) -> SimplexPoint:
     regular = jnp.isfinite(top)
     # -inf is a masked entry (p = 0, no derivative), whatever theta is.
     kept = regular & (z > -jnp.inf)
-    t = jnp.where(kept, z, 0) - y.theta
+    t = jnp.where(kept, z - reference(x), 0) - y.theta
     infinite = z == jnp.inf
     shares = infinite.astype(z.dtype) / jnp.maximum(jnp.sum(infinite), 1).astype(z.dtype)
     p = jnp.where(kept, exp_alpha(t, alpha), jnp.where(regular, 0, shares))
@@ -106,15 +121,21 @@ def linear_system(y: SimplexPoint, x: Scores, alpha) -> LinearSystem:
     return LinearSystem(BorderedDiagonal(-ones, -s, jnp.where(regular, ones, 0), corner), Bordered())
 
 
-def run(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
-    """The kernel, which has the derivative in closed form; under an adjoint that unrolls, iterations that can be unrolled."""
+def run(x: Scores, alpha, max_steps: int, loop: Callable, *, shifted: bool) -> Run:
+    """The kernel, which has the derivative in closed form; under an adjoint that unrolls, iterations that can be unrolled.
+
+    `shifted` makes the multiplier as accurate as the probabilities, for one more pass over the row: an adjoint that solves (K1)-(K2)
+    looks at it, the closed form does not.
+    """
     if loop is not lax_loop:
         return _unrollable(x, alpha, max_steps, loop)
-    solution = simplex_map(masked(x), alpha, max_steps)
+    top = reference(x)
+    solution = simplex_map(masked(x) - top if shifted else masked(x), alpha, max_steps)
     result = RESULTS.where(solution.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
     result = RESULTS.where(solution.finite, result, RESULTS.nonfinite_data)
     # Infinite and empty rows have no multiplier; the optimality system asks for 0 there.
-    theta = jnp.where(jnp.isinf(solution.theta), 0, solution.theta)
+    theta = solution.theta if shifted else solution.theta - top
+    theta = jnp.where(jnp.isinf(theta), 0, theta)
     return Run(SimplexPoint(solution.probabilities, theta), result, solution.steps)
 
 
@@ -126,7 +147,7 @@ def _unrollable(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
     top = jnp.max(z)
     regular = jnp.isfinite(top)
     kept = regular & (z > -jnp.inf)
-    safe = jnp.where(kept, z, 0)
+    safe = jnp.where(kept, z - reference(x), 0)
     eps = float(jnp.finfo(z.dtype).eps)
 
     def step(theta):
@@ -140,7 +161,7 @@ def _unrollable(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
         change = jnp.where(regular, step(theta), 0)
         return theta + change, steps + 1, jnp.abs(change) <= 8 * eps * jnp.maximum(jnp.abs(theta), 1)
 
-    theta = jnp.where(regular, top, 0)
+    theta = jnp.zeros_like(top)
     start = (theta, jnp.zeros((), jnp.int32), ~regular)
     theta, steps, done = loop(lambda carry: ~carry[2], body, start, max_steps=max_steps)
     point = optimality(SimplexPoint(jnp.zeros_like(z), theta), x, alpha)
@@ -176,5 +197,5 @@ def check_alpha(alpha, low: float, high: float) -> None:
 def threshold_distance(y: SimplexPoint, x: Scores, alpha) -> Float[Array, ""]:
     """How far the nearest score is from the threshold, in the units of the scores."""
     z = masked(x)
-    distance = jnp.abs(z - (y.theta - 1 / (alpha - 1)))
+    distance = jnp.abs(z - reference(x) - (y.theta - 1 / (alpha - 1)))
     return jnp.min(jnp.where(jnp.isfinite(z), distance, jnp.inf))

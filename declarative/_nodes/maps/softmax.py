@@ -7,6 +7,7 @@ theorem, and `tests/test_softmax.py` holds the two and the published Jacobian to
 
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
@@ -65,6 +66,8 @@ class Softmax(AbstractDeclarativeNode):
     ):
         if isinstance(temperature, (int, float)) and not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be positive and finite, got {temperature}.")
+        if isinstance(temperature, jax.Array) and temperature.shape != ():
+            raise ValueError(f"temperature must be a number or a scalar array, got shape {temperature.shape}.")
         self.temperature = temperature
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
@@ -89,13 +92,15 @@ class Softmax(AbstractDeclarativeNode):
         return envelope(_attained, y, (x, self.temperature))
 
     def dual(self, y, x):
-        return self._temperature(x) * (1 - y.theta)
+        return self._temperature(x) * (1 - simplex.multiplier(y, self._in_units_of_temperature(x)))
 
     # Solver
 
     def run(self, x, y0, loop):
         del y0
-        return simplex.run(self._in_units_of_temperature(x), 1.0, self.policy.max_steps, loop)
+        return simplex.run(
+            self._in_units_of_temperature(x), 1.0, self.policy.max_steps, loop, shifted=self.adjoint is not None
+        )
 
     def value(self, y, x):
         return y.probabilities
@@ -113,7 +118,10 @@ class Softmax(AbstractDeclarativeNode):
     def _in_units_of_temperature(self, x: simplex.Scores) -> simplex.Scores:
         if isinstance(self.temperature, (int, float)) and self.temperature == 1:
             return x
-        return simplex.Scores(x.scores / self._temperature(x), x.mask)
+        # A select on both sides of the quotient: its derivative at an infinite score would be 0 * inf.
+        finite = jnp.isfinite(x.scores)
+        scaled = jnp.where(finite, x.scores, 0) / self._temperature(x)
+        return simplex.Scores(jnp.where(finite, scaled, x.scores), x.mask)
 
 
 def _attained(y, bound):

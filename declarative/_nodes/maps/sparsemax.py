@@ -24,7 +24,7 @@ class Sparsemax(AbstractDeclarativeNode):
     | symbol   | code      | shape  | meaning                                                             |
     |----------|-----------|--------|---------------------------------------------------------------------|
     | $z$      | `scores`  | `(n,)` | scores, dimensionless                                               |
-    | $\tau$   | `dual`    | `()`   | threshold, same units as `z`; `unknown.theta` is $\tau + 1$         |
+    | $\tau$   | `dual`    | `()`   | threshold, same units as `z`; `unknown.theta` is $\tau + 1 - \max z$ |
     | $s$      |           | `(n,)` | entries of `p` that are positive                                    |
 
     **Arguments:** `throw`, `on_failure`, `max_steps`, `adjoint`: see `Policy` and `ImplicitAdjoint`.
@@ -73,11 +73,11 @@ class Sparsemax(AbstractDeclarativeNode):
         return envelope(_half_square_distance, y, x)
 
     def dual(self, y, x):
-        return y.theta - 1
+        return simplex.multiplier(y, x) - 1
 
     def run(self, x, y0, loop):
         del y0
-        return simplex.run(x, 2.0, self.policy.max_steps, loop)
+        return simplex.run(x, 2.0, self.policy.max_steps, loop, shifted=self.adjoint is not None)
 
     def value(self, y, x):
         return y.probabilities
