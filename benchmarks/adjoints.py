@@ -231,7 +231,7 @@ def _optimistix(problem, steps):
 
 
 def _jaxopt(problem, steps):
-    import jaxopt
+    import jaxopt  # pyright: ignore[reportMissingImports]  (a peer: benchmarks/README.md)
 
     def one(x, theta):
         # tol=-1 cannot be met, so all `maxiter` steps run. The default backward solve: conjugate gradients on J'J.
