@@ -199,7 +199,10 @@ class AbstractDeclarativeNode(eqx.Module):
         return evaluate(self, x, y0)
 
     def solve(self, x: PyTree, *, y0: PyTree = None) -> Solution:
-        """The `Solution` for one example. Does not raise when the solve fails: read `result`."""
+        """The `Solution` for one example. Does not raise when the solve fails: read `result`.
+
+        `solution.result == RESULTS.successful` is a boolean for each element, `solution.report()` the same in words.
+        """
         return _solution(self, x, y0)
 
 

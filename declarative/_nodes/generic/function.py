@@ -56,8 +56,10 @@ def implicit(
       contraction has nothing to work on here and raises.
     - `policy`: what to do when `optimality` is not small at the answer, or the gradient's linear solve fails.
 
-    **Returns:** a decorator for `solve(*args) -> y`: any JAX code, never differentiated. Arrays that `optimality` closes over get
-    their gradients, those that only `solve` closes over get none.
+    **Returns:** a decorator for `solve(*args) -> y`: any JAX code, never differentiated; positional arguments. Arrays that
+    `optimality` closes over get their gradients, those that only `solve` closes over get none. The result is a node whose data is
+    the tuple of arguments: `ridge(A, b)` is the value, `ridge.solve((A, b))` the `Solution`, and
+    `conditions(ridge, ridge.solve((A, b)), (A, b))` the report.
     """
     check_function(optimality, "optimality")
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint) or getattr(adjoint, "unrolls", False):
