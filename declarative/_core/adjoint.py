@@ -10,7 +10,7 @@ All are `optimistix` adjoints, so they also work in a plain `optx.root_find(...,
 | damped              | $-(J^\top J + \delta^2 I)^{-1} J^\top b$, $J = \partial_yF$ | no: shrunk    | none            |
 | `NeumannAdjoint(k)` | $\sum_{i=0}^{k} (\partial_y T)^i\, \partial_x T\,\mathrm dx$ | no: truncated | none            |
 | `OneStepAdjoint`    | $\partial_x T\,\mathrm dx$ (Jacobian-free)              | no                | none            |
-| `UnrolledAdjoint`   | of the iterations themselves                            | for the iterate   | linear          |
+| `UnrolledAdjoint`   | of the iterations themselves                            | for the iterate   | about log       |
 
 The truncated ones apply their approximate inverse wherever (IFT) has the exact one, at every order of differentiation.
 """
@@ -152,7 +152,10 @@ class OneStepAdjoint(AbstractAdjoint):
 
 
 class UnrolledAdjoint(AbstractAdjoint):
-    """Differentiates the iterations, whose states are all stored: memory grows linearly with `max_steps`.
+    """Differentiates the iterations.
+
+    Memory grows far slower than `max_steps` (measured: by 1.1 to 1.6 from 10 to 10 000 steps), because equinox's bounded loop
+    recomputes itself recursively; a plain unrolled `scan` is the one whose memory is linear. Time is what it costs.
 
     Exact for the iterate that is returned, hence also with respect to the guess `y0` and to step sizes. **Modes:** forward,
     reverse, any order (`optx.RecursiveCheckpointAdjoint` needs less memory and is reverse mode, first order only).
