@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optimistix as optx
 import pytest
 
 import declarative as dn
@@ -112,3 +113,20 @@ def test_the_implicit_route_does_not_notice_a_common_offset(make):
         for node in (make(), make(adjoint=dn.ImplicitAdjoint())):
             slope = jax.grad(lambda z, node=node: node(z)[2])(moved)
             np.testing.assert_allclose(np.asarray(slope), np.asarray(jax.grad(lambda z: make()(z)[2])(z)), atol=1e-5)
+
+
+def test_the_matrix_free_gradient_of_a_mean_loss_in_float32():
+    n = 600
+    weight = 0.9 * jnp.asarray(np.linalg.qr(np.random.default_rng(0).standard_normal((n, n)))[0], jnp.float32)
+    node = dn.FixedPoint(lambda y, x: jnp.tanh(weight @ y + x), throw=False)
+    loss = lambda x: jnp.mean(1e-4 * jax.vmap(lambda x: node(x, y0=jnp.zeros(n, jnp.float32)))(x) ** 2)
+    _, _, health = jax.jit(dn.value_and_grad_with_health(loss))(jr.normal(jr.key(0), (2, n), jnp.float32))
+    assert np.sum(health.forward_failures["FixedPoint #0"]) == np.sum(health.backward_failures["FixedPoint #0"]) == 0
+
+
+def test_a_foreign_adjoint_with_a_solver_of_the_users():
+    solver = optx.Newton(1e-8, 1e-8)
+    node = dn.FixedPoint(lambda y, x: jnp.tanh(0.5 * y + x), solver, optx.ImplicitAdjoint())
+    want = dn.FixedPoint(lambda y, x: jnp.tanh(0.5 * y + x))
+    slopes = [jax.grad(lambda x, node=node: node(x, y0=0.0))(1.0) for node in (node, want)]
+    np.testing.assert_allclose(float(slopes[0]), float(slopes[1]), rtol=1e-6)

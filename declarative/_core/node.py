@@ -309,7 +309,7 @@ def _differentiable_point(inputs, probe, throw: bool, measured: bool):
         run = _run(inputs, bounded_loop)
     else:
         unknown, rest = adjoint.apply(_foreign_primal, _foreign_rewrite, inputs, frozenset())
-        run = Run(unknown, *rest)
+        run = eqx.tree_at(lambda run: run.unknown, rest, unknown, is_leaf=lambda leaf: leaf is None)
     point = judge(detach_tree(run), residual, detach_tree(inputs))
     if residual is None and measured:
         # A closed form needs no check on every call; `solve` reports its residual all the same.
@@ -356,7 +356,7 @@ def _no_system(unknown, inputs, factor):
 def _foreign_primal(inputs):
     *inputs, loop = inputs
     run = _run(tuple(inputs), loop)
-    return run.unknown, (run.result, run.steps, None, run.rtol, run.scale)
+    return run.unknown, Run(None, run.result, run.steps, rtol=run.rtol, scale=run.scale)
 
 
 def _foreign_rewrite(unknown, _, inputs):
