@@ -8,13 +8,14 @@ ends the iteration before the Jacobian, which may be singular there, is asked fo
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import lineax as lx
 import optimistix as optx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool
 
-from .._core.implicit import largest
+from .._core.implicit import LinearSystem, largest, solve_system
 
 
 class _State(eqx.Module):
@@ -35,16 +36,28 @@ class Newton(optx.AbstractRootFinder):
         return _State(jnp.zeros((), bool), optx.RESULTS.successful)
 
     def step(self, fn, y, args, options, state, tags):
-        del options, state
-        value, aux = fn(y, args)
-        operator = lx.JacobianLinearOperator(lambda y, args: fn(y, args)[0], y, args, tags=tags)
-        solution = lx.linear_solve(operator, value, self.linear_solver, throw=False)
+        del options, state, tags
+        vector, unravel = ravel_pytree(y)
+        _, aux = fn(y, args)
+        value, jacobian = jax.linearize(lambda v: ravel_pytree(fn(unravel(v), args)[0])[0], vector)
         root = largest(value) == 0
-        step = jtu.tree_map(lambda leaf: jnp.where(root, 0, leaf), solution.value)
-        new = jtu.tree_map(jnp.subtract, y, step)
+        struct = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
+
+        def solve(matvec, b):
+            inner = lambda v: matvec(jnp.append(v, 0))[:-1]
+            system = LinearSystem(lx.FunctionLinearOperator(inner, struct), self.linear_solver)
+            solution, code = solve_system(system, b[:-1])
+            return jnp.append(solution, code.astype(b.dtype))
+
+        # Unrolled, this solve is differentiated, and lineax's own derivative raises through a host callback whatever happens. The
+        # status rides along as one more entry (an auxiliary output of `custom_linear_solve` cannot be batched).
+        extended = lambda v: jnp.append(jacobian(v[:-1]), v[-1])
+        solution = jax.lax.custom_linear_solve(extended, jnp.append(value, 0), solve, solve)
+        step, code = jnp.where(root, 0, solution[:-1]), jax.lax.stop_gradient(solution[-1])
+        new = vector - step
         settled = root | (largest(step) <= self.rtol * largest(new) + self.atol)
-        result = optx.RESULTS.promote(solution.result)
-        return new, _State(settled, optx.RESULTS.where(settled, optx.RESULTS.successful, result)), aux  # pyright: ignore
+        failed = optx.RESULTS.where((code == 0) | settled, optx.RESULTS.successful, optx.RESULTS.singular)  # pyright: ignore
+        return unravel(new), _State(settled, failed), aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
