@@ -107,6 +107,8 @@ def optimality(y: SimplexPoint, x: Scores, alpha) -> SimplexPoint:
     infinite = z == jnp.inf
     shares = infinite.astype(z.dtype) / jnp.maximum(jnp.sum(infinite), 1).astype(z.dtype)
     p = jnp.where(kept, exp_alpha(t, alpha), jnp.where(regular, 0, shares))
+    # A row with a NaN stays connected to its scores, so that a NaN cotangent reaches them.
+    p = jnp.where(jnp.isnan(top), z, p)
     return SimplexPoint(p - y.probabilities, jnp.where(regular, jnp.sum(y.probabilities) - 1, y.theta))
 
 
