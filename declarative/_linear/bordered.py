@@ -67,20 +67,24 @@ class Bordered(lx.AbstractLinearSolver):
         return True
 
 
-# What lineax asks of an operator. It has no further structure to declare, and its entries are its linearisation.
-for _function in (lx.linearise, lx.materialise, lx.conj):
-    _function.register(BorderedDiagonal)(lambda operator: operator)
-for _function in (
-    lx.is_symmetric,
-    lx.is_diagonal,
-    lx.is_tridiagonal,
-    lx.is_lower_triangular,
-    lx.is_upper_triangular,
-    lx.is_positive_semidefinite,
-    lx.is_negative_semidefinite,
-    lx.has_unit_diagonal,
-):
-    _function.register(BorderedDiagonal)(lambda operator: False)
+def declare_unstructured(operator: type[lx.AbstractLinearOperator]) -> None:
+    """What lineax asks of an operator class, for one with no structure to declare and whose entries are its linearisation."""
+    for function in (lx.linearise, lx.materialise, lx.conj):
+        function.register(operator)(lambda operator: operator)
+    for function in (
+        lx.is_symmetric,
+        lx.is_diagonal,
+        lx.is_tridiagonal,
+        lx.is_lower_triangular,
+        lx.is_upper_triangular,
+        lx.is_positive_semidefinite,
+        lx.is_negative_semidefinite,
+        lx.has_unit_diagonal,
+    ):
+        function.register(operator)(lambda operator: False)
+
+
+declare_unstructured(BorderedDiagonal)
 
 
 @lx.diagonal.register(BorderedDiagonal)

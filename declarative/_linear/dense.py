@@ -1,15 +1,9 @@
-r"""Dense solves in products and selects only: the default linear solver of the library.
+r"""Dense solves by LU: the default linear solver of the library.
 
-Why not LAPACK: on CPU, jaxlib 0.10 deadlocks on two cores when two batched LAPACK calls that do not depend on each other are
-in flight (a worker of XLA's pool waits for that same pool). Two vmapped nodes side by side in a user's model are enough. Nothing
-here is a LAPACK call once it is batched, so nothing can wait. One unbatched system, which cannot hang, still goes to LAPACK, as
-does everything on other platforms.
-
-The matrix is equilibrated by rows and columns and inverted in place by Gauss-Jordan elimination with partial pivoting, in panels of
-`_PANEL` columns: pivots are found column by column inside a panel, the rest of a panel's work is one matrix product. An explicit
-inverse costs three times the arithmetic of LU and compiles to a tenth of its loops; what it loses in accuracy,
-$\epsilon\kappa$ in the residual, one step of refinement with the original matrix gives back, and the caller (`implicit.py`) checks the
-residual anyway.
+The matrix is equilibrated by rows and columns, by powers of two, and inverted from its LU factors with partial pivoting. An explicit
+inverse costs three times the arithmetic of LU; every further right-hand side, transposed or not, is then one product, which is what
+a Jacobian asks for. What it loses in accuracy, $\epsilon\kappa$ in the residual, one step of refinement with the original matrix
+gives back, and the caller (`implicit.py`) checks the residual anyway. Batches: see `lanes.py`.
 """
 
 from typing import Any
@@ -19,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jax.custom_batching import custom_vmap
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
-_PANEL = 32
+from .lanes import over_lanes
 
 
 class DenseState(eqx.Module):
@@ -89,19 +82,7 @@ def _scale(largest):
     return jnp.ldexp(jnp.ones_like(largest), -exponent)
 
 
-@custom_vmap
-def _invert(matrix):
-    return _library_inverse(matrix)
-
-
-@_invert.def_vmap
-def _(axis_size, in_batched, matrices):
-    del axis_size, in_batched
-    ours, library = jax.vmap(_gauss_jordan), jax.vmap(_library_inverse)
-    return jax.lax.platform_dependent(matrices, cpu=ours, default=library), (True, True)
-
-
-def _library_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:
+def _lu_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:
     packed, _, order = jax.lax.linalg.lu(matrix)
     inverse = jnp.eye(matrix.shape[0], dtype=matrix.dtype)[order]
     inverse = jax.lax.linalg.triangular_solve(packed, inverse, left_side=True, lower=True, unit_diagonal=True)
@@ -109,83 +90,11 @@ def _library_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], 
     return inverse, jnp.diagonal(packed)
 
 
-def _gauss_jordan(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:
-    """In place and without moving a row: row i becomes row place[i] of the inverse of the permuted matrix."""
-    n = matrix.shape[0]
-    if n <= _PANEL:
-        matrix, place, pivots = _eliminate(matrix)
-        return _put_in_place(matrix, place), pivots
-    # Bordered with an identity to a whole number of panels.
-    extra = -n % _PANEL
-    size = n + extra
-    padded = jnp.pad(matrix, (0, extra)) + jnp.diag(jnp.arange(size) >= n).astype(matrix.dtype)
-    index = jnp.arange(size, dtype=jnp.int32)
-
-    def panel(k, carry):
-        matrix, place, pivots = carry
-        columns = jax.lax.dynamic_slice(matrix, (0, k * _PANEL), (size, _PANEL))
-        chosen, found = _panel_pivots(columns, place == size)
-        block, order, _ = _eliminate(columns[chosen])
-        inner = _put_in_place(block, order)
-        # Block elimination: the pivot rows times the inverse of their block, and everything else cleared by them.
-        rows = jax.lax.dynamic_update_slice(inner @ matrix[chosen], inner, (0, k * _PANEL))
-        matrix = jax.lax.dynamic_update_slice(matrix, jnp.zeros_like(columns), (0, k * _PANEL))
-        others = columns.at[chosen].set(0)
-        matrix = (matrix - others @ rows).at[chosen].set(rows)
-        place = place.at[chosen].set(k * _PANEL + jnp.arange(_PANEL, dtype=jnp.int32))
-        return matrix, place, jax.lax.dynamic_update_slice(pivots, found, (k * _PANEL,))
-
-    start = (padded, jnp.full_like(index, size), jnp.zeros(size, matrix.dtype))
-    inverse, place, pivots = jax.lax.fori_loop(0, size // _PANEL, panel, start)
-    return _put_in_place(inverse, place)[:n, :n], pivots[:n]
+_invert = over_lanes(_lu_inverse)
 
 
-def _put_in_place(matrix: Float[Array, "n n"], place: Int[Array, " n"]) -> Float[Array, "n n"]:
-    # Row i of the eliminated matrix belongs at place[i]; its column j belongs to the row that was the j-th pivot.
-    order = jnp.zeros_like(place).at[place].set(jnp.arange(place.size, dtype=place.dtype))
-    return jnp.zeros_like(matrix).at[:, order].set(matrix[order])
-
-
-def _eliminate(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Int[Array, " n"], Float[Array, " n"]]:
-    """Gauss-Jordan one column at a time: (eliminated matrix, when each row was the pivot, the pivots)."""
-    n = matrix.shape[0]
-    index = jnp.arange(n, dtype=jnp.int32)
-
-    def column(j, carry):
-        matrix, place, pivots = carry
-        j = j.astype(jnp.int32)
-        entries = matrix[:, j]
-        pivot = _largest(entries, place == n)
-        row = matrix[pivot]
-        value = row[j]
-        row = row.at[j].set(1) / jnp.where(value == 0, 1, value)
-        matrix = matrix.at[:, j].set(0)
-        matrix = jnp.where((index == pivot)[:, None], row[None, :], matrix - entries[:, None] * row[None, :])
-        return matrix, jnp.where(index == pivot, j, place), pivots.at[j].set(value)
-
-    start = (matrix, jnp.full(n, n, jnp.int32), jnp.zeros(n, matrix.dtype))
-    return jax.lax.fori_loop(0, n, column, start)
-
-
-def _panel_pivots(columns: Float[Array, "n b"], free) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """The rows that partial pivoting picks for one panel, and the pivots: LU elimination of a copy of the panel."""
-    n, b = columns.shape
-    index = jnp.arange(n, dtype=jnp.int32)
-
-    def column(j, carry):
-        columns, free, chosen, pivots = carry
-        entries = columns[:, j]
-        pivot = _largest(entries, free)
-        row = columns[pivot]
-        free = free & (index != pivot)
-        multiplier = jnp.where(free, entries / jnp.where(row[j] == 0, 1, row[j]), 0)
-        columns = columns - multiplier[:, None] * row[None, :]
-        return columns, free, chosen.at[j].set(pivot), pivots.at[j].set(row[j])
-
-    start = (columns, free, jnp.zeros(b, jnp.int32), jnp.zeros(b, columns.dtype))
-    _, _, chosen, pivots = jax.lax.fori_loop(0, b, column, start)
-    return chosen, pivots
-
-
-def _largest(entries, free):
-    return jnp.argmax(jnp.where(free, jnp.abs(entries), -1)).astype(jnp.int32)
+@over_lanes
+def inverse_where(needed: Bool[Array, ""], matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """The inverse of a matrix with entries of about 1, or zeros, at no cost on CPU, where it is not needed."""
+    invert = lambda matrix: _lu_inverse(matrix)[0]
+    return jax.lax.cond(needed, invert, jnp.zeros_like, matrix)

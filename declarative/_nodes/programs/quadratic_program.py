@@ -1,0 +1,440 @@
+r"""Quadratic program as a layer (OptNet), with exact or smoothed gradients, duals and certificates.
+
+**Problem.**     $\min_z \tfrac12 z^\top Q z + q^\top z$ subject to $Az = b$, $Gz \le h$, $l \le z \le u$, any block absent;
+                 $Q$ positive semidefinite on the null space of $A$                                                          (P)
+**Optimality.**  $Qz + q + A^\top\nu + G^\top\lambda + \mu = 0$ (K1),  $Az - b = 0$ (K2),  $-\min(s, w\circ\lambda) = 0$ with $s = h - Gz$ (K3),
+                 $z - \mathrm{clip}(z + w_b\mu, l, u) = 0$ (K4). One signed multiplier $\mu_i$ serves both bounds of $z_i$, so $l_i = u_i$ is
+                 allowed. The weights $w_i = \|G_i\|^2/t$, $w_b = 1/t$, $t$ the size of $Q$, only put $\lambda$ and $s$ in the same unit.
+**Solver.**      Equilibration by powers of two; elimination of (K2); the interior-point method of `_solvers/interior_point.py`; then
+                 Newton on (K1)-(K4) with the active set that it found, which is exact to rounding if the set is right, and
+                 changes the set if it is not. Its factor is kept for the gradient.
+**Gradient.**    Implicit function theorem on (K1)-(K4): the KKT system of the active set, for every datum and through every output.
+                 Not differentiable where a constraint is weakly active ($s_i = \lambda_i = 0$): the derivative returned is then one-sided,
+                 with the constraint active exactly if its computed multiplier is positive; `kink_distance` is
+                 $\min_i \max(s_i, w_i\lambda_i)$. Where active rows depend on one another, multipliers are those of least norm, and
+                 equal rows share equally.
+
+| symbol         | code        | shape           | meaning                                   |
+|----------------|-------------|-----------------|-------------------------------------------|
+| $Q, q$         | `Q`, `q`    | `(n, n)`, `(n,)`| objective; `Q` may be the vector of a diagonal |
+| $A, b$         | `A`, `b`    | `(p, n)`, `(p,)`| equations                                 |
+| $G, h$         | `G`, `h`    | `(m, n)`, `(m,)`| inequalities; an infinite `h` is no constraint |
+| $l, u$         | `lower`, `upper` | `(n,)`     | bounds; infinite entries are no bounds     |
+| $\nu, \lambda, \mu$ | `equality`, `inequality`, `bound` | `(p,)`, `(m,)`, `(n,)` | multipliers, $\mu > 0$ at an upper bound |
+
+References: Amos & Kolter 2017, arXiv:1703.00443 (the layer; our (K1)-(K3) give its Eqs. 7-8 with the products in the right places);
+Mehrotra 1992; Goulart & Chen 2024, arXiv:2405.12762; Stellato et al. 2020, arXiv:1711.08013 (the polishing step).
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix as optx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float
+
+from ..._core.adjoint import lax_loop
+from ..._core.implicit import LinearSystem, Run, largest
+from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.results import RESULTS
+from ..._linear.kkt import KKTOperator, KKTSolver
+from ..._solvers import interior_point as ipm
+from ..._solvers import quadratic_program as algorithm
+
+_MAX_STEPS = 100
+
+
+class QuadraticProgramData(eqx.Module):
+    """The data of one quadratic program; a block that is None is absent."""
+
+    Q: Float[Array, "n n"] | Float[Array, " n"]
+    q: Float[Array, " n"]
+    A: Float[Array, "p n"] | None = None
+    b: Float[Array, " p"] | None = None
+    G: Float[Array, "m n"] | None = None
+    h: Float[Array, " m"] | None = None
+    lower: Float[Array, " n"] | None = None
+    upper: Float[Array, " n"] | None = None
+
+
+class KKTPoint(eqx.Module):
+    """The unknown of (K1)-(K4): the primal and one multiplier for each equation, inequality and bounded variable."""
+
+    primal: Float[Array, " n"]
+    equality: Float[Array, " p"] | None = None
+    inequality: Float[Array, " m"] | None = None
+    bound: Float[Array, " n"] | None = None
+
+
+class Multipliers(eqx.Module):
+    """Duals of a quadratic program, and the slack h - Gz; None for an absent block.
+
+    `bound` is positive at an upper bound and negative at a lower one.
+    """
+
+    equality: Float[Array, " p"] | None = None
+    inequality: Float[Array, " m"] | None = None
+    bound: Float[Array, " n"] | None = None
+    slack: Float[Array, " m"] | None = None
+
+
+class QuadraticProgram(AbstractDeclarativeNode):
+    r"""A layer that solves a convex quadratic program. One example; batches by `jax.vmap`.
+
+    `qp(Q, q, A=A, b=b, G=G, h=h, lower=l, upper=u)` returns the minimiser z of $\tfrac12 z^\top Q z + q^\top z$ subject to $Az = b$,
+    $Gz \le h$, $l \le z \le u$. Blocks may be absent. `qp.solve(...)`, with the same arguments, returns a `Solution`: `value` is z,
+    `dual` the `Multipliers`, `objective` the optimal value, `result` the status, `unknown` a warm start for `y0`.
+
+    **Arguments:**
+
+    - `gradient`: `"exact"`, or `"smoothed"`: the solution on the central path, where every product of a slack and its multiplier
+      is `smoothing`, and the exact derivative of that. It is differentiable everywhere and biased: its objective lies above the
+      optimal one by at most `smoothing` times the number of inequalities and finite bounds.
+    - `smoothing`: that product, in units of the objective; a float or an array.
+    - `elastic`: None, or a penalty weight $\rho$ in units of the objective per squared unit of constraint: equations and
+      inequalities (not bounds) may be violated at a cost of $\tfrac\rho2\|\cdot\|^2$. Always feasible if the bounds are; the larger
+      $\rho$, the nearer to the closest feasible problem. True is $\rho = 10^6$.
+    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`, with the factor of the last Newton step.
+    - `throw`, `on_failure`, `max_steps` (of the interior-point method; 100): see `Policy`.
+
+    **Shapes and dtypes:** `Q` is `(n, n)`, of which the symmetric part counts, or `(n,)`, a diagonal; float32 or float64.
+    **Failures:** `infeasible`: `dual` then proves it ($A^\top\nu + G^\top\lambda + \mu = 0$ and $b^\top\nu + h^\top\lambda + \sup_{l\le z\le u}... < 0$,
+    scaled to -1); `unbounded`: `value` is a ray along which the objective falls for ever; `indefinite`: Q is not positive
+    semidefinite on the null space of A; `nonfinite_data`; `nonlinear_max_steps_reached`; `not_a_solution`: the accuracy of the
+    dtype was not reached.
+    **Raises:** `ValueError` for shapes that do not fit, naming the block; `SolveError` at run time with `throw=True`.
+    """
+
+    gradient: Literal["exact", "smoothed"] = eqx.field(static=True)
+    smoothing: float | Float[Array, ""]
+    elastic: float | None = eqx.field(static=True)
+    adjoint: optx.AbstractAdjoint | None
+    policy: Policy
+
+    smoothness: ClassVar[str] = "piecewise smooth: not differentiable where a constraint is weakly active"
+
+    def __init__(
+        self,
+        *,
+        gradient: Literal["exact", "smoothed"] = "exact",
+        smoothing: float | Float[Array, ""] = 1e-3,
+        elastic: bool | float | None = None,
+        adjoint: optx.AbstractAdjoint | None = None,
+        policy: Policy | None = None,
+        throw: bool | None = None,
+        on_failure: Literal["nan", "zero"] | None = None,
+        max_steps: int | None = None,
+    ):
+        if gradient not in ("exact", "smoothed"):
+            raise ValueError(f"gradient must be 'exact' or 'smoothed', got {gradient!r}.")
+        if isinstance(smoothing, (int, float)) and not 0 < smoothing < float("inf"):
+            raise ValueError(f"smoothing must be positive and finite, got {smoothing!r}.")
+        if elastic is True:
+            elastic = 1e6
+        elif elastic is False:
+            elastic = None
+        if elastic is not None and not 0 < elastic < float("inf"):
+            raise ValueError(f"elastic must be True, False, None or a positive penalty weight, got {elastic!r}.")
+        self.gradient = gradient
+        self.smoothing = smoothing
+        self.elastic = elastic
+        self.adjoint = adjoint
+        if policy is None and max_steps is None:
+            max_steps = _MAX_STEPS
+        self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
+
+    def __call__(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return evaluate(self, _pack(Q, q, A, b, G, h, lower, upper), y0)
+
+    def solve(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The `Solution`; takes the arguments of a call, or a `QuadraticProgramData`. Never raises on failure."""
+        return AbstractDeclarativeNode.solve(self, _pack(Q, q, A, b, G, h, lower, upper), y0=y0)
+
+    def check(self, x: QuadraticProgramData):
+        _check(x)
+
+    def optimality(self, y: KKTPoint, x: QuadraticProgramData) -> KKTPoint:
+        return _Conditions(self, x).residual(y)
+
+    def value(self, y, x):
+        return y.primal
+
+    def dual(self, y, x):
+        slack = None if x.G is None else x.h - x.G @ y.primal
+        return Multipliers(y.equality, y.inequality, y.bound, slack)
+
+    def objective(self, y, x):
+        if self.gradient == "smoothed":
+            # Not the optimal value of a problem whose multipliers these are: no envelope.
+            return _cost(x, y.primal)
+        return envelope(_lagrangian, y, (x, self._compliance(x)))
+
+    def kink_distance(self, y, x):
+        if self.gradient == "smoothed":
+            return None
+        return _Conditions(self, x).kink_distance(y)
+
+    def guess(self, x, y0):
+        return y0
+
+    def run(self, x, y0, loop):
+        return _solve(self, x, y0, loop)
+
+    def linear_system(self, y, x, factor):
+        operator = KKTOperator(factor)
+        solver = KKTSolver(lax_loop)
+        return LinearSystem(operator, solver, operator)
+
+    def _compliance(self, x) -> float:
+        return 0.0 if self.elastic is None else 1 / self.elastic
+
+
+def _pack(Q, q, A, b, G, h, lower, upper) -> QuadraticProgramData:
+    if isinstance(Q, QuadraticProgramData):
+        if any(block is not None for block in (q, A, b, G, h, lower, upper)):
+            raise ValueError("Pass either a QuadraticProgramData or its blocks, not both.")
+        return Q
+    if q is None:
+        raise ValueError("q is missing: qp(Q, q, A=..., b=..., G=..., h=..., lower=..., upper=...).")
+    blocks = [None if block is None else jnp.asarray(block) for block in (Q, q, A, b, G, h, lower, upper)]
+    # A number bounds every variable.
+    Q, q, A, b, G, h, lower, upper = blocks
+    spread = lambda bound: bound if bound is None or bound.ndim else jnp.broadcast_to(bound, q.shape)
+    return QuadraticProgramData(Q, q, A, b, G, h, spread(lower), spread(upper))
+
+
+def _check(x: QuadraticProgramData):
+    def describe(leaf):
+        return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    if x.q.ndim != 1 or x.q.size == 0:
+        raise ValueError(f"q must be a non-empty vector, got {describe(x.q)}; for a batch use jax.vmap.")
+    n = x.q.size
+    for name, partner in (("A", "b"), ("G", "h")):
+        matrix, vector = getattr(x, name), getattr(x, partner)
+        if (matrix is None) != (vector is None):
+            raise ValueError(f"{name} and {partner} come together: got {'no ' if matrix is None else ''}{name}.")
+        if matrix is None:
+            continue
+        if matrix.ndim != 2 or matrix.shape[1] != n:
+            raise ValueError(f"{name} must be a matrix with {n} columns, one for each entry of q, got {describe(matrix)}.")
+        if vector.shape != matrix.shape[:1]:
+            raise ValueError(
+                f"{partner} must have one entry for each row of {name}, {matrix.shape[0]}, got {describe(vector)}."
+            )
+    if x.Q.shape not in ((n, n), (n,)):
+        raise ValueError(f"Q must be ({n}, {n}), or ({n},) for a diagonal, got {describe(x.Q)}.")
+    for name in ("lower", "upper"):
+        bound = getattr(x, name)
+        if bound is not None and bound.shape != (n,):
+            raise ValueError(f"{name} must have one entry for each entry of q, {n}, or be a number, got {describe(bound)}.")
+    dtypes = {name: leaf.dtype for name, leaf in vars(x).items() if leaf is not None}
+    if any(not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes.values()) or len(set(dtypes.values())) > 1:
+        listed = ", ".join(f"{name} {jnp.dtype(dtype).name}" for name, dtype in dtypes.items())
+        raise ValueError(f"all blocks must have one floating dtype, got {listed}. Cast them with .astype.")
+
+
+def _times(Q, z):
+    # The symmetric part of Q is what the objective sees.
+    return Q * z if Q.ndim == 1 else (Q @ z + z @ Q) / 2
+
+
+def _cost(x, z):
+    return z @ _times(x.Q, z) / 2 + x.q @ z
+
+
+def _lagrangian(y: KKTPoint, bound):
+    x, compliance = bound
+    z = y.primal
+    total = _cost(x, z)
+    if x.A is not None:
+        total = total + y.equality @ (x.A @ z - x.b) - compliance / 2 * (y.equality @ y.equality)
+    if x.G is not None:
+        s = jnp.where(jnp.isfinite(x.h), x.h, 0) - x.G @ z
+        total = total - jnp.where(jnp.isfinite(x.h), y.inequality, 0) @ s - compliance / 2 * (y.inequality @ y.inequality)
+    for side, sign in ((x.lower, -1), (x.upper, 1)):
+        if side is not None:
+            at = jnp.isfinite(side) & (sign * y.bound > 0)
+            total = total + jnp.sum(jnp.where(at, y.bound * (z - jnp.where(at, side, 0)), 0))
+    return total
+
+
+class _Conditions:
+    """(K1)-(K4) at a point, and the pairs (alpha, beta) of their linearisation."""
+
+    def __init__(self, node: QuadraticProgram, x: QuadraticProgramData):
+        self.x, self.node = x, node
+        self.compliance = node._compliance(x)
+        dtype = x.q.dtype
+        self.barrier = None if node.gradient == "exact" else jnp.asarray(node.smoothing, dtype)
+        diagonal = jnp.abs(x.Q if x.Q.ndim == 1 else jnp.diagonal(x.Q))
+        size = jax.lax.stop_gradient(jnp.max(diagonal))
+        self.t = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
+        if x.G is not None:
+            norms = jax.lax.stop_gradient(jnp.sum(x.G**2, axis=1))
+            self.w = jnp.where((norms > 0) & jnp.isfinite(norms), norms, 1) / self.t
+
+    def residual(self, y: KKTPoint) -> KKTPoint:
+        x, z = self.x, y.primal
+        first = _times(x.Q, z) + x.q
+        second = third = fourth = None
+        if x.A is not None:
+            first = first + y.equality @ x.A
+            second = x.A @ z - x.b - self.compliance * y.equality
+        if x.G is not None:
+            first = first + y.inequality @ x.G
+            third = -self._pair(self._slack(y), self.w * y.inequality, self._near(y), self.w)
+        if y.bound is not None:
+            first = first + y.bound
+            fourth = self._bound_residual(y)
+        return KKTPoint(first, second, third, fourth)
+
+    def _slack(self, y):
+        h = self.x.h
+        return h - self.x.G @ y.primal + self.compliance * y.inequality
+
+    def _near(self, y):
+        # What counts as touching, in units of the slack.
+        eps = float(jnp.finfo(y.primal.dtype).eps)
+        h = jnp.where(jnp.isfinite(self.x.h), jnp.abs(self.x.h), 0)
+        return jax.lax.stop_gradient(eps**0.5 * (h + jnp.sqrt(self.w * self.t) * largest(y.primal)))
+
+    def _pair(self, s, v, near, w):
+        """min(s, v) with the derivative of s where active, of v elsewhere; or its smooth version."""
+        if self.barrier is not None:
+            # (s + v - root)/2 with root^2 = (s - v)^2 + 4 w barrier: zero where s v = w barrier. As a quotient, where that cancels.
+            live = jnp.isfinite(s)
+            s = jnp.where(live, s, 1)
+            target = w * self.barrier
+            root = jnp.sqrt((s - v) ** 2 + 4 * target)
+            total = s + v
+            quotient = 2 * (s * v - target) / (jnp.where(total > 0, total, 1) + root)
+            return jnp.where(live, jnp.where(total > 0, quotient, (total - root) / 2), v)
+        active = jax.lax.stop_gradient((v > 0) & (v >= s - near))
+        picked = jnp.where(active, s, v)
+        lowest = jnp.minimum(jnp.where(active, s, jnp.where(jnp.isfinite(s), s, jnp.inf)), v)
+        return picked + jax.lax.stop_gradient(jnp.where(jnp.isfinite(lowest), lowest, v) - picked)
+
+    def _bound_residual(self, y):
+        """(K4), a min of each side: zero slack where its multiplier has the right sign."""
+        x, z, mu = self.x, y.primal, y.bound
+        w = 1 / self.t
+        near = jax.lax.stop_gradient(float(jnp.finfo(z.dtype).eps) ** 0.5 * largest(z))
+        lower, upper = self._bounds(z)
+        if self.barrier is not None:
+            return self._smooth_bound(z, mu, lower, upper, w)
+        fixed = lower == upper
+        up = jax.lax.stop_gradient(jnp.isfinite(upper) & (fixed | ((mu > 0) & (w * mu >= upper - z - near))))
+        down = jax.lax.stop_gradient(~up & jnp.isfinite(lower) & (mu < 0) & (-w * mu >= z - lower - near))
+        finite = lambda side, at: jnp.where(at, side, 0)
+        picked = jnp.where(up, z - finite(upper, up), jnp.where(down, z - finite(lower, down), -w * mu))
+        natural = z - jnp.clip(z + w * mu, lower, upper)
+        return picked + jax.lax.stop_gradient(natural - picked)
+
+    def _smooth_bound(self, z, mu, lower, upper, w):
+        """mu = barrier/(u - z) - barrier/(z - l), times a step so that it is in units of z; outside of the bounds, by how much."""
+        pull, stiffness = self._barrier_force(z, lower, upper)
+        step = jax.lax.stop_gradient(1 / (1 / w + stiffness))
+        inside = (z > lower) & (z < upper)
+        return jnp.where(inside, step * (pull - mu), z - jnp.clip(z, lower, upper))
+
+    def _barrier_force(self, z, lower, upper):
+        """(barrier/(u - z) - barrier/(z - l), its derivative)."""
+        force = stiffness = jnp.zeros_like(z)
+        for side, sign in ((lower, -1), (upper, 1)):
+            gap = jnp.where(jnp.isfinite(side), sign * (side - z), 1)
+            gap = jnp.where(gap > 0, gap, 1)
+            live = jnp.isfinite(side)
+            force = force + jnp.where(live, sign * self.barrier / gap, 0)
+            stiffness = stiffness + jnp.where(live, self.barrier / gap**2, 0)
+        return force, stiffness
+
+    def coefficients(self, y: KKTPoint, side):
+        """alpha and beta of (K3)-(K4) linearised with each row on the given side: see `_linear/kkt.py`."""
+        x, alphas, betas = self.x, [], []
+        dtype = y.primal.dtype
+        if x.A is not None and self.compliance:
+            p = x.b.size
+            alphas.append(jnp.ones(p, dtype))
+            betas.append(jnp.full(p, self.compliance, dtype))
+            side = side[p:]
+        if x.G is not None:
+            m = x.h.size
+            if self.barrier is None:
+                active = (side[:m] == 1).astype(dtype)
+                slack_part, multiplier_part = active, (1 - active) * self.w
+            else:
+                s, v = self._slack(y), self.w * y.inequality
+                live = jnp.isfinite(s)
+                s = jnp.where(live, s, 1)
+                share = (s - v) / jnp.sqrt((s - v) ** 2 + 4 * self.w * self.barrier)
+                slack_part = jnp.where(live, (1 - share) / 2, 0)
+                multiplier_part = self.w * jnp.where(live, (1 + share) / 2, 1)
+            alphas.append(slack_part)
+            betas.append(multiplier_part + self.compliance * slack_part)
+            side = side[m:]
+        if y.bound is not None:
+            w = jnp.broadcast_to(1 / self.t, y.primal.shape)
+            if self.barrier is None:
+                at = (side != 0).astype(dtype)
+                alphas.append(at)
+                betas.append((1 - at) * w)
+            else:
+                _, stiffness = self._barrier_force(y.primal, *self._bounds(y.primal))
+                step = 1 / (1 / w + stiffness)
+                alphas.append(step * stiffness)
+                betas.append(step)
+        empty = jnp.zeros(0, dtype)
+        return jnp.concatenate([*alphas, empty]), jnp.concatenate([*betas, empty])
+
+    def _bounds(self, z):
+        infinite = jnp.full_like(z, jnp.inf)
+        return -infinite if self.x.lower is None else self.x.lower, infinite if self.x.upper is None else self.x.upper
+
+    def kink_distance(self, y):
+        parts = []
+        if self.x.G is not None:
+            parts.append(jnp.maximum(self._slack(y), self.w * y.inequality))
+        if y.bound is not None:
+            z, size = y.primal, jnp.abs(y.bound) / self.t
+            for side, sign in ((self.x.lower, -1), (self.x.upper, 1)):
+                if side is not None:
+                    parts.append(jnp.maximum(sign * (side - z), jnp.where(sign * y.bound > 0, size, 0)))
+        return jnp.min(jnp.concatenate(parts), initial=jnp.inf) if parts else jnp.asarray(jnp.inf, y.primal.dtype)
+
+
+_CODES = {
+    ipm.OPTIMAL: RESULTS.successful,
+    ipm.INFEASIBLE: RESULTS.infeasible,
+    ipm.UNBOUNDED: RESULTS.unbounded,
+    ipm.STALLED: RESULTS.not_a_solution,
+    ipm.OUT_OF_STEPS: RESULTS.nonlinear_max_steps_reached,
+    algorithm.INDEFINITE: RESULTS.indefinite,
+    algorithm.NONFINITE: RESULTS.nonfinite_data,
+}
+
+
+def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None, loop: Callable) -> Run:
+    n = x.q.size
+    conditions = _Conditions(node, x)
+    elastic = node.elastic is not None
+    A, b, G, h, soft = x.A, x.b, x.G, x.h, 0
+    if elastic and A is not None:
+        soft = b.size
+        G, h = (A, b) if G is None else (jnp.concatenate([A, G]), jnp.concatenate([b, h]))
+        A = b = None
+    data = algorithm.Data(x.Q, x.q, A, b, G, h, x.lower, x.upper, soft, conditions.compliance)
+    bounded = x.lower is not None or x.upper is not None
+    shape = KKTPoint(x.q, x.b, x.h, x.q if bounded else None)
+    _, unravel = ravel_pytree(shape)
+    guess = None if y0 is None else ravel_pytree(y0)[0]
+    residual = lambda vector: ravel_pytree(conditions.residual(unravel(vector)))[0]
+    coefficients = lambda vector, side: conditions.coefficients(unravel(vector), side)
+    answer = algorithm.solve(data, guess, residual, coefficients, conditions.barrier, node.policy.max_steps, loop)
+    result = RESULTS.successful
+    for code, member in _CODES.items():
+        result = RESULTS.where(answer.code == code, member, result)
+    return Run(unravel(answer.vector), result, answer.steps, factor=answer.kkt)
