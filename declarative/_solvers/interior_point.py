@@ -166,19 +166,16 @@ def interior_point(program: Program, max_steps: int, loop: Callable, target: Flo
         return eqx.tree_at(lambda state: state.code, state, code)
 
     state = loop(lambda state: state.code == -1, body, state, max_steps=max_steps)
-    return _outcome(program, state)
+    return _outcome(program, state, loop)
 
 
 def _start(program: Program, target) -> Iterate:
-    # The minimiser of w'Pw/2 + g'w + |Rw - f|^2/2: multipliers and slacks are two signs of one vector, moved apart into the cone.
-    P, g, rows, f, live = program.P, program.g, program.rows, program.f, program.live
-    k, one = g.size, jnp.ones((), g.dtype)
-    weights = live.astype(g.dtype)
-    factor = factorise(rows.gram(P, weights))
-    w = factor.solve(rows.transpose(f, k) - g)
-    lam = jnp.where(live, rows(w) - f, 0)
-    s = _into_cone(-lam, live, one)
-    lam = jnp.where(live, _into_cone(lam, live, one), 0)
+    # The program is centred at the minimiser of w'Pw/2 + g'w + |Rw - f|^2/2, so that is w = 0: multipliers and slacks are two signs
+    # of one vector there, moved apart into the cone.
+    f, live, one = program.f, program.live, jnp.ones((), program.g.dtype)
+    w = jnp.zeros_like(program.g)
+    s = _into_cone(f, live, one)
+    lam = jnp.where(live, _into_cone(-f, live, one), 0)
     if target is not None:
         floor = jnp.sqrt(target)
         s, lam = jnp.where(live, jnp.maximum(s, floor), 1), jnp.where(live, jnp.maximum(lam, floor), 0)
@@ -312,8 +309,10 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         solved = (primal <= loose) & (dual <= loose) & (gap <= tight)
         # Certificates; kappa is then the larger of the two scalars.
         towards_infeasible, towards_unbounded = -(f @ at.lam), -(g @ at.w)
-        strict = eps**0.5
-        infeasible = (at.kappa > at.tau) & (towards_infeasible > 0) & (largest((lam_rows, program.softness * at.lam)) <= strict * towards_infeasible)
+        # The further kappa outweighs tau, the less it takes.
+        strict = jnp.where(at.kappa > eps**-0.25 * at.tau, eps**0.4, eps**0.5)
+        pull = largest((lam_rows, program.softness * at.lam))
+        infeasible = (at.kappa > at.tau) & (towards_infeasible > 0) & (pull <= strict * towards_infeasible)
         # A softened row holds no one back, but charges for it.
         blocked = jnp.where(live, jnp.maximum(rows_w, 0), 0)
         ray = jnp.maximum(largest(at.Pw), largest(blocked))
@@ -328,12 +327,34 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
     return _State(at, best, code, state.steps, jnp.minimum(error, state.error), idle)
 
 
-def _outcome(program: Program, state: _State) -> Outcome:
+def _outcome(program: Program, state: _State, loop: Callable) -> Outcome:
     code = jnp.where(state.code == -1, OUT_OF_STEPS, state.code)
     w, lam, s, tau = state.best
+    certified = (code == INFEASIBLE) | (code == UNBOUNDED)
+    w, lam = where_needed(certified, lambda one: _sharpened(program, one * w, one * lam, code), (w, lam), loop)
     positive = lambda x: jnp.where(x > 0, x, 1)
     scale = 1 / tau
     scale = jnp.where(code == INFEASIBLE, 1 / positive(-(program.f @ lam)), scale)
     scale = jnp.where(code == UNBOUNDED, 1 / positive(-(program.g @ w)), scale)
     live = program.live
     return Outcome(w * scale, jnp.where(live, lam * scale, 0), jnp.where(live, s * scale, 0), code, state.steps)
+
+
+def _sharpened(program: Program, w, lam, code):
+    """A certificate to more digits: the part of R'lam, or of Pw, that should not be there is projected away."""
+    P, rows, k = program.P, program.rows, program.g.size
+    # Weighted by lam^2, so that a multiplier moves in proportion to its size and keeps its sign.
+    lam = lam / jnp.maximum(largest(lam), jnp.finfo(lam.dtype).tiny ** 0.5)
+    damping = float(jnp.finfo(w.dtype).eps) ** 0.4
+    proof, ray = rows.gram(jnp.zeros_like(P), lam**2), rows.gram(add_constant(P, damping), jnp.zeros_like(lam))
+    factor = factorise(jnp.where(code == INFEASIBLE, proof, ray))
+    new_w, new_lam = w, lam
+    for _ in range(2):
+        new_lam = jnp.maximum(new_lam - lam**2 * rows(factor.solve(rows.transpose(new_lam, k))), 0)
+        new_w = damping * factor.solve(new_w)
+    return new_w, new_lam
+
+
+def add_constant(matrix, constant):
+    """The matrix plus a multiple of the identity."""
+    return matrix + constant if matrix.ndim == 1 else matrix + constant * jnp.eye(matrix.shape[0], dtype=matrix.dtype)

@@ -173,10 +173,15 @@ def reduce(scaled: Scaled, reduced: Reduction) -> Reduced:
     # Multipliers as large as slacks: lower the objective where it would overwhelm the constraints, but never below them.
     ratio = power_of_two(jnp.where(f_size > 0, g_size / jnp.where(f_size > 0, f_size, 1), g_size))
     cost = jnp.where(P_size > 0, jnp.clip(ratio, 1e-4, 1), ratio)
-    size = jnp.maximum(f_size, cost * g_size)
-    length = 1 / power_of_two(size)
     soft = jnp.concatenate([*softness, jnp.zeros(bounds, dtype)]) / cost if data.compliance else 0.0
-    program = ipm.Program(cost * P, cost * g / length, rows, jnp.where(live, f / length, 0), live, soft)
+    # Centred where the penalty |(Rw - f)|^2/2 leads, which is where the iteration starts: a solution far from the origin is one near
+    # it there, and what is left of the data tells how large the unknowns are.
+    f = jnp.where(live, f, 0)
+    centre = factorise(rows.gram(cost * P, live.astype(dtype))).solve(rows.transpose(f, P.shape[0]) - cost * g)
+    g, f = g + ipm.multiply(P, centre), jnp.where(live, f - rows(centre), 0)
+    origin = origin + (centre if basis is None else basis @ centre)
+    length = 1 / power_of_two(jnp.maximum(largest(f), cost * largest(g)))
+    program = ipm.Program(cost * P, cost * g / length, rows, f / length, live, soft)
     return Reduced(program, origin, cost, length)
 
 
@@ -474,7 +479,7 @@ def solve(
         vector, kkt = pick(warm.vector, vector), pick(warm.kkt, kkt)
         error, steps = pick(warm.error, error), pick(warm.steps, steps)
     failed = certified | (found.code == INDEFINITE) | (found.code == NONFINITE)
-    code = jnp.where(failed & ~skip, found.code, jnp.where(error <= eps**0.5, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)))
+    code = jnp.where(failed & ~skip, found.code, jnp.where(error <= eps**0.65, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)))
     return Answer(vector, kkt, code, steps)
 
 
