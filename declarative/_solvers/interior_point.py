@@ -309,8 +309,8 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         solved = (primal <= loose) & (dual <= loose) & (gap <= tight)
         # Certificates; kappa is then the larger of the two scalars.
         towards_infeasible, towards_unbounded = -(f @ at.lam), -(g @ at.w)
-        # The further kappa outweighs tau, the less it takes.
-        strict = jnp.where(at.kappa > eps**-0.25 * at.tau, eps**0.4, eps**0.5)
+        # The further kappa outweighs tau, the less it takes: `_outcome` sharpens a certificate, and looks again.
+        strict = jnp.where(at.kappa > eps**-0.25 * at.tau, eps**0.33, eps**0.5)
         pull = largest((lam_rows, program.softness * at.lam))
         infeasible = (at.kappa > at.tau) & (towards_infeasible > 0) & (pull <= strict * towards_infeasible)
         # A softened row holds no one back, but charges for it.
@@ -332,10 +332,16 @@ def _outcome(program: Program, state: _State, loop: Callable) -> Outcome:
     w, lam, s, tau = state.best
     certified = (code == INFEASIBLE) | (code == UNBOUNDED)
     w, lam = where_needed(certified, lambda one: _sharpened(program, one * w, one * lam, code), (w, lam), loop)
+    P, g, rows, f = program.P, program.g, program.rows, program.f
+    pull, value, progress = largest(rows.transpose(lam, g.size)), -(f @ lam), -(g @ w)
+    ray = largest((multiply(P, w), jnp.where(program.live, jnp.maximum(rows(w), 0), 0)))
+    sharp = float(jnp.finfo(w.dtype).eps) ** 0.4
+    proved = jnp.where(code == INFEASIBLE, pull <= sharp * value, ray <= sharp * progress)
+    code = jnp.where(certified & ~proved, STALLED, code)
     positive = lambda x: jnp.where(x > 0, x, 1)
     scale = 1 / tau
-    scale = jnp.where(code == INFEASIBLE, 1 / positive(-(program.f @ lam)), scale)
-    scale = jnp.where(code == UNBOUNDED, 1 / positive(-(program.g @ w)), scale)
+    scale = jnp.where(code == INFEASIBLE, 1 / positive(value), scale)
+    scale = jnp.where(code == UNBOUNDED, 1 / positive(progress), scale)
     live = program.live
     return Outcome(w * scale, jnp.where(live, lam * scale, 0), jnp.where(live, s * scale, 0), code, state.steps)
 
@@ -344,15 +350,17 @@ def _sharpened(program: Program, w, lam, code):
     """A certificate to more digits: the part of R'lam, or of Pw, that should not be there is projected away."""
     P, rows, k = program.P, program.rows, program.g.size
     # Weighted by lam^2, so that a multiplier moves in proportion to its size and keeps its sign.
-    lam = lam / jnp.maximum(largest(lam), jnp.finfo(lam.dtype).tiny ** 0.5)
     damping = float(jnp.finfo(w.dtype).eps) ** 0.4
+    lam = lam / jnp.maximum(largest(lam), jnp.finfo(lam.dtype).tiny ** 0.5)
+    whole, lam = lam, jnp.where(lam > damping, lam, 0)
     proof, ray = rows.gram(jnp.zeros_like(P), lam**2), rows.gram(add_constant(P, damping), jnp.zeros_like(lam))
     factor = factorise(jnp.where(code == INFEASIBLE, proof, ray))
     new_w, new_lam = w, lam
     for _ in range(2):
         new_lam = jnp.maximum(new_lam - lam**2 * rows(factor.solve(rows.transpose(new_lam, k))), 0)
         new_w = damping * factor.solve(new_w)
-    return new_w, new_lam
+    pull = lambda lam: largest(rows.transpose(lam, k)) / -(program.f @ lam)
+    return new_w, jnp.where(pull(new_lam) < jnp.abs(pull(whole)), new_lam, whole)
 
 
 def add_constant(matrix, constant):
