@@ -201,6 +201,11 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
     """One run of the interior-point method, taken back to all variables."""
     data, space = scaled.data, blocks.space
     n, dtype = data.q.size, data.q.dtype
+    if target is None and (data.G is None or data.G.shape[0] == data.soft_equations):
+        if not data.bounded:
+            return _without_inequalities(scaled, blocks)
+        if data.G is None and blocks.P.ndim == 1:
+            return _separable(scaled)
     reduced = reduce(scaled, blocks)
     convex = is_semidefinite(reduced.program.P)
     length, cost = reduced.length, reduced.cost
@@ -231,6 +236,61 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
     code = jnp.where(convex, out.code, INDEFINITE)
     code = jnp.where(scaled.finite, code, NONFINITE)
     return Found(z, nu, rows, mu, cost, code, out.steps)
+
+
+def _without_inequalities(scaled: Scaled, blocks: Reduction) -> Found:
+    """Nothing to iterate: Newton's first step, which is the polish, solves it. Only a ray has to be looked for."""
+    data, space, dtype = scaled.data, blocks.space, scaled.data.q.dtype
+    n, P = data.q.size, blocks.P
+    m = 0 if data.G is None else data.G.shape[0]
+    z = jnp.zeros(n, dtype) if space is None else space.particular @ data.b
+    g = data.q + ipm.multiply(data.Q, z)
+    if m:
+        weight = scaled.c / (data.compliance * scaled.e_G**2)
+        P = ipm.add_matrix(P, data.G.T @ (weight[:, None] * data.G))
+        g = g - (weight * data.h) @ data.G
+    g = g if space is None else g @ space.basis
+    # The part of -g that P does not see, if there is one.
+    eps = float(jnp.finfo(dtype).eps)
+    root = factorise(ipm.add_constant(P, eps**0.4 * largest(P) + jnp.finfo(dtype).tiny))
+    ray = -g
+    for _ in range(2):
+        ray = (eps**0.4 * largest(P) + jnp.finfo(dtype).tiny) * root.solve(ray)
+    progress = -(g @ ray)
+    unseen = largest(ipm.multiply(P, ray)) <= eps**0.4 * largest(P) * largest(ray)
+    unbounded = unseen & (largest(ray) > eps**0.4 * largest(g))
+    ray = ray / jnp.where(unbounded, progress, 1)
+    code = jnp.where(unbounded, ipm.UNBOUNDED, ipm.OPTIMAL)
+    code = jnp.where(is_semidefinite(P), code, INDEFINITE)
+    code = jnp.where(scaled.finite, code, NONFINITE).astype(jnp.int32)
+    z = jnp.where(unbounded, ray if space is None else space.basis @ ray, z)
+    nu = jnp.zeros(0 if data.b is None else data.b.size, dtype)
+    return Found(z, nu, jnp.zeros(m, dtype), None, jnp.ones((), dtype), code, jnp.zeros((), jnp.int32))
+
+
+def _separable(scaled: Scaled) -> Found:
+    """A diagonal objective between bounds: every variable by itself."""
+    data = scaled.data
+    Q, q = data.Q, data.q
+    infinite = jnp.full_like(q, jnp.inf)
+    lower = -infinite if data.lower is None else data.lower
+    upper = infinite if data.upper is None else data.upper
+    curved = Q > 0
+    free = jnp.where(curved, -q / jnp.where(curved, Q, 1), jnp.where(q > 0, -jnp.inf, jnp.where(q < 0, jnp.inf, 0)))
+    z = jnp.clip(free, lower, upper)
+    escaping = ~jnp.isfinite(z)
+    unbounded, crossed = jnp.any(escaping), lower > upper
+    infeasible = jnp.any(crossed)
+    ray = jnp.where(escaping, -q, 0)
+    z = jnp.where(unbounded, ray / jnp.where(unbounded, -(q @ ray), 1), jnp.where(escaping, 0, z))
+    # A variable whose bounds cross: two multipliers of opposite sign prove it, which one signed multiplier cannot hold.
+    mu = jnp.where(infeasible, 0, -(Q * z + q))
+    code = jnp.where(unbounded, ipm.UNBOUNDED, ipm.OPTIMAL)
+    code = jnp.where(infeasible, ipm.INFEASIBLE, code)
+    code = jnp.where(jnp.all(Q >= 0), code, INDEFINITE)
+    code = jnp.where(scaled.finite, code, NONFINITE).astype(jnp.int32)
+    empty = jnp.zeros(0, q.dtype)
+    return Found(z, empty, empty, mu, jnp.ones((), q.dtype), code, jnp.zeros((), jnp.int32))
 
 
 class Polished(eqx.Module):
