@@ -19,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from .bordered import declare_unstructured
 from .dense import inverse_where
@@ -86,7 +86,7 @@ def reduction(Q, G, space: NullSpace | None) -> Reduction:
         return Reduction(Q, G, None)
     basis = space.basis
     P = (basis * Q[:, None]).T @ basis if Q.ndim == 1 else basis.T @ (Q @ basis)
-    P = P if space.free is None else P + jnp.diag(1 - space.free.astype(P.dtype))
+    P = P + jnp.diag(1 - space.free.astype(P.dtype))
     return Reduction(P, None if G is None else G @ basis, space)
 
 
@@ -102,7 +102,6 @@ class KKT(eqx.Module):
     column_scale: Float[Array, " size"]
     reduced: Reduction
     root: InverseRoot
-    deficient: Bool[Array, ""] | None
 
     def solve(
         self, vector: Float[Array, " size"], loop: Callable, transposed: bool = False, floor=0.0
@@ -116,17 +115,6 @@ class KKT(eqx.Module):
             into, out_of = out_of, into
         b = into * vector
         x = self._eliminate(b, loop, transposed, floor)
-        if self.deficient is not None:
-
-            def compute(one):
-                # Dependent equations: the method of multipliers for them too.
-                assert self.A is not None
-                H = Reduction(self.Q, self.A, None).gram(jnp.full(self.A.shape[0], 1 / softness(b.dtype)) * one)
-                root = factorise(Reduction(H, self.G, None).gram(one * self._weights()))
-                multiply = lambda x: self._multiply(x, transposed)
-                return refine(b, multiply, lambda r: self._soften_equations(r, root, transposed), loop, floor)[0]
-
-            x = where_needed(self.deficient, compute, x, loop)
         # A right-hand side that is not finite must show.
         return out_of * jnp.where(jnp.all(jnp.isfinite(b)), x, jnp.nan)
 
@@ -208,14 +196,6 @@ class KKT(eqx.Module):
         z = z + space.basis @ w
         force = r1 - self._hessian(z) - rows_transposed(self.G, self._force(lam, transposed), z.size)
         return jnp.concatenate([z, force @ space.particular, lam])
-
-    def _soften_equations(self, vector, root, transposed):
-        assert self.A is not None
-        r1, r2, r3 = self._split(vector)
-        beta, soft = soften(self.alpha, self.beta), softness(vector.dtype)
-        z = root.solve(r1 + rows_transposed(self.G, self._force(r3 / beta, transposed), r1.size) + (r2 / soft) @ self.A)
-        lam = (self._pull(self._rows(z), transposed) - r3) / beta
-        return jnp.concatenate([z, (self.A @ z - r2) / soft, lam])
 
 
 def refine(b, multiply: Callable, precondition: Callable, loop: Callable, floor):

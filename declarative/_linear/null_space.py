@@ -1,11 +1,16 @@
 r"""Elimination of linear equations: $A z = b$ exactly where $z = Y b + N w$, with $A N = 0$ and $A Y = I$.
 
-Full row rank: LU of $A^\top$ with partial pivoting, $\Pi A^\top = \begin{bmatrix}L_1\\L_2\end{bmatrix}U$, gives
-$N = \Pi^\top \begin{bmatrix}-L_1^{-\top}L_2^\top\\I\end{bmatrix}$. It does not contain $U$, which is where nearly dependent equations
-show: they make $Y$ large, not $N$ wrong. $N$ is then made orthonormal (Cholesky of $N^\top N$) and $Y$ orthogonal to it, so
-both are those of a QR factorisation at a fraction of its time. Dependent equations are counted on the diagonal of $U$; for them,
-`by_svd` gives the same two matrices with the dependent directions in zero columns.
+LU of $A^\top$ with partial pivoting, $\Pi A^\top = \begin{bmatrix}L_1\\L_2\end{bmatrix}U$, gives
+$N = \Pi^\top \begin{bmatrix}-L_1^{-\top}L_2^\top\\I\end{bmatrix}$ and $Y = \Pi^\top \begin{bmatrix}L_1^{-\top}U^{-\top}\\0\end{bmatrix}$. $U$, where
+nearly dependent equations show, is not in $N$: they make $Y$ large, not $N$ wrong. $N$ is then made orthonormal (Cholesky of
+$N^\top N$) and $Y$ orthogonal to it, so both are those of a QR factorisation at a fraction of its time.
+
+*Dependent equations* are those with a zero on the diagonal of $U$. They are dropped: set to zero and factored again, with ones on the
+diagonal of $U$ in their place, which turns their columns of $Y$ into the directions that they no longer hold back. $N$ has `spare`
+more columns than $n - p$ to take these in; columns that stay empty are padding.
 """
+
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -18,67 +23,67 @@ from .positive_definite import inverse_root
 
 
 class NullSpace(eqx.Module):
-    """`basis` N (n, k) and `particular` Y (n, p); `free` marks the columns of N that are not padding (None: all)."""
+    """`basis` N (n, k) and `particular` Y (n, p).
+
+    `free` (k,) marks the columns of N that are not padding, `kept` (p,) the equations that are not dropped; `complete` is False
+    where there were more to drop than N has room for.
+    """
 
     basis: Float[Array, "n k"]
     particular: Float[Array, "n p"]
-    full_rank: Bool[Array, ""]
-    free: Bool[Array, " k"] | None = None
+    free: Bool[Array, " k"]
+    kept: Bool[Array, " p"]
+    complete: Bool[Array, ""]
 
 
-def by_elimination(matrix: Float[Array, "p n"]) -> NullSpace:
-    """For p < n rows of similar size; `full_rank` is False where they are dependent (then nothing else is to be used)."""
-    return NullSpace(*_eliminate(matrix))
-
-
-@jax.custom_jvp
-def _eliminate(matrix):
+def null_space(matrix: Float[Array, "p n"], spare: int) -> NullSpace:
+    """For rows of similar size. With p >= n the basis has n columns, mostly padding."""
     p, n = matrix.shape
-    packed, order = _lu(matrix.T)
-    sizes = jnp.abs(jnp.diagonal(packed))
-    full_rank = jnp.min(sizes, initial=jnp.inf) > _rank_tolerance(matrix) * jnp.max(sizes, initial=0)
-    # Harmless numbers in a lane that will be solved another way.
-    safe = jnp.where(full_rank, packed, jnp.eye(n, p, dtype=matrix.dtype))
-    lower_inverse, upper_inverse = _triangular_inverses(safe[:p])
-    coupling = safe[p:] @ lower_inverse
+    return NullSpace(*(_by_svd(matrix) if p >= n else _eliminate(min(spare, p), matrix)))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _eliminate(spare, matrix):
+    p, n = matrix.shape
+    packed, order, kept = _lu(matrix)
+    lower_inverse, upper_inverse = _triangular_inverses(packed[:p])
+    coupling = packed[p:] @ lower_inverse
     # N'N = I + coupling coupling', whose inverse root makes N orthonormal to eps times its condition: enough for what it is for.
     free = inverse_root(coupling @ coupling.T + jnp.eye(n - p, dtype=matrix.dtype)).T
     pivots = -coupling.T @ free
     particular = lower_inverse.T @ upper_inverse.T
     overlap = pivots.T @ particular
-    top = jnp.concatenate([pivots, particular - pivots @ overlap], axis=1)
-    bottom = jnp.concatenate([free, -free @ overlap], axis=1)
-    both = jnp.concatenate([top, bottom])[jnp.argsort(order)]
-    basis, particular = both[:, : n - p], both[:, n - p :]
-    return basis, particular, full_rank
+    top, bottom = particular - pivots @ overlap, -free @ overlap
+    # The first `spare` dropped equations give their columns to N, orthonormal among themselves.
+    first = jnp.argsort(kept)[:spare]
+    taken = ~kept[first]
+    extra = jnp.where(taken[None, :], jnp.concatenate([top, bottom])[:, first], 0)
+    extra = extra @ inverse_root(extra.T @ extra + jnp.diag((~taken).astype(matrix.dtype))).T
+    particular = jnp.where(kept[None, :], jnp.concatenate([top, bottom]), 0)
+    # (What is left of them in Y is taken out by the caller's N: A Y = I on the kept equations either way.)
+    columns = jnp.concatenate([jnp.concatenate([pivots, free]), extra, particular], axis=1)[jnp.argsort(order)]
+    k = n - p + spare
+    marks = jnp.concatenate([jnp.ones(n - p, bool), taken])
+    return columns[:, :k], columns[:, k:], marks, kept, jnp.sum(~kept) <= spare
 
 
 @_eliminate.defjvp
-def _(primals, tangents):
+def _(spare, primals, tangents):
     # Any N and Y with A N = 0 and A Y = I will do, so these derivatives need only keep those two equations.
     (matrix,), (t_matrix,) = primals, tangents
-    basis, particular, full_rank = _eliminate(matrix)
+    basis, particular, *marks = _eliminate(spare, matrix)
     moved = particular @ t_matrix
-    t_rank = np.zeros(full_rank.shape, jax.dtypes.float0)
-    return (basis, particular, full_rank), (-moved @ basis, -moved @ particular, t_rank)
+    still = [np.zeros(mark.shape, jax.dtypes.float0) for mark in marks]
+    return (basis, particular, *marks), (-moved @ basis, -moved @ particular, *still)
 
 
-def by_svd(matrix: Float[Array, "p n"]) -> tuple[NullSpace, Float[Array, "p p"]]:
-    """For any matrix: the basis is padded to n columns, and Y is the pseudoinverse.
-
-    Also returns the projector on the left null space: the part of b on which it does not vanish is inconsistent.
-    """
+def _by_svd(matrix):
     p, n = matrix.shape
     left, values, right = _svd(matrix)
-    kept = values > _rank_tolerance(matrix) * jnp.max(values, initial=0)
-    rank_slots = values.size
-    free = jnp.ones(n, bool).at[:rank_slots].set(~kept)
-    basis = jnp.where(free[None, :], right.T, 0)
-    inverses = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
-    particular = (right.T[:, :rank_slots] * inverses[None, :]) @ left[:, :rank_slots].T
-    span = jnp.where(kept[None, :], left[:, :rank_slots], 0)
-    outside = jnp.eye(p, dtype=matrix.dtype) - span @ span.T
-    return NullSpace(basis, particular, jnp.sum(kept) == p, free), outside
+    in_range = values > _rank_tolerance(matrix) * jnp.max(values, initial=0)
+    inverses = jnp.where(in_range, 1 / jnp.where(in_range, values, 1), 0)
+    particular = (right.T * inverses[None, :]) @ left[:, :n].T
+    return jnp.where(in_range[None, :], 0, right.T), particular, ~in_range, jnp.ones(p, bool), jnp.ones((), bool)
 
 
 def _rank_tolerance(matrix):
@@ -87,8 +92,17 @@ def _rank_tolerance(matrix):
 
 @over_lanes
 def _lu(matrix):
-    packed, _, order = jax.lax.linalg.lu(matrix)
-    return packed, order
+    packed, _, order = jax.lax.linalg.lu(matrix.T)
+    sizes = jnp.abs(jnp.diagonal(packed))
+    kept = sizes > _rank_tolerance(matrix) * jnp.max(sizes, initial=0)
+
+    def again(matrix):
+        packed, _, order = jax.lax.linalg.lu(jnp.where(kept[:, None], matrix, 0).T)
+        p = kept.size
+        return packed.at[jnp.arange(p), jnp.arange(p)].add(jnp.where(kept, 0, 1).astype(matrix.dtype)), order
+
+    packed, order = jax.lax.cond(jnp.all(kept), lambda matrix: (packed, order), again, matrix)
+    return packed, order, kept
 
 
 @over_lanes

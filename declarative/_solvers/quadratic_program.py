@@ -3,8 +3,7 @@ r"""From the data of a quadratic program to its solution and the factor of its o
 
 1. *Scale* rows and columns by powers of two (Ruiz 2001; rows exactly, columns by square roots), and the objective.
 2. *Eliminate* the equations (`_linear/null_space.py`), so that the iteration works on n - p variables and inequalities only.
-3. *Iterate*. Lanes with dependent equations, or that did not converge, are solved again with a basis from the singular value
-   decomposition: a loop of at most one trip, which costs nothing where no lane needs it.
+3. *Iterate*: the interior-point method.
 4. *Polish*: Newton on the optimality conditions themselves with the active set that the iteration ended with, and a change of the
    set where signs are wrong (a primal-dual active set method, Hintermüller, Ito & Kunisch 2002). An interior-point solution is
    right to about the square root of its complementarity where a constraint is nearly weakly active; a polished one to rounding.
@@ -19,12 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._core.implicit import largest
 from .._linear.kkt import KKT, Reduction, reduction, rows_transposed, soften
-from .._linear.lanes import where_needed
-from .._linear.null_space import NullSpace, by_elimination, by_svd
+from .._linear.null_space import NullSpace, null_space
 from .._linear.positive_definite import InverseRoot, factorise, is_semidefinite
 from . import interior_point as ipm
 
-INDEFINITE, NONFINITE = 10, 11  # beside the codes of interior_point.py
+INDEFINITE, NONFINITE, DEPENDENT = 10, 11, 12  # beside the codes of interior_point.py
 
 _EQUILIBRATIONS = 2
 _POLISH = 8
@@ -318,7 +316,6 @@ class _Polish(eqx.Module):
 def polish(
     scaled: Scaled,
     blocks: Reduction,
-    deficient: Bool[Array, ""] | None,
     vector: Float[Array, " size"],
     cost: Float[Array, ""],
     residual: Callable,
@@ -359,7 +356,7 @@ def polish(
         beta = beta * rows * columns
         if root is None:
             root = factorise(blocks.gram(alpha / soften(alpha, beta)))
-        return KKT(data.Q, data.A, data.G, alpha, beta, row_scale, column_scale, blocks, root, deficient)
+        return KKT(data.Q, data.A, data.G, alpha, beta, row_scale, column_scale, blocks, root)
 
     def side_of(vector, previous):
         """+1 active or at the upper bound, -1 at the lower; ties, where both sides are noise, stay where they were."""
@@ -484,22 +481,18 @@ def solve(
     residual: Callable,
     coefficients: Callable,
     target: Float[Array, ""] | None,
+    spare: int,
     max_steps: int,
     loop: Callable,
 ) -> Answer:
-    """All four steps. `target`: the product of slacks and multipliers to stop at (None: the solution itself)."""
+    """All four steps. `spare`: how many dependent equations to provide for. `target`: the product of slacks and multipliers to stop at (None: the solution itself)."""
     scaled = scale(data)
     inner = scaled.data
     n, dtype = data.q.size, data.q.dtype
     p = 0 if data.A is None else data.A.shape[0]
     eps = float(jnp.finfo(dtype).eps)
     exact = target is None
-    space = deficient = outside = None
-    if 0 < p < n:
-        space = by_elimination(inner.A)
-        deficient = ~space.full_rank
-    elif p:
-        space, outside = by_svd(inner.A)
+    space = null_space(inner.A, spare) if p else None
     column_scale = scaled.column_scale()
     flat = lambda found: column_scale * jnp.concatenate(
         [found.z, found.nu, found.lam, *([] if found.mu is None else [found.mu])]
@@ -507,7 +500,7 @@ def solve(
     blocks = reduction(inner.Q, inner.G, space)
     run = lambda blocks, skip: iterate(scaled, blocks, max_steps, loop, target, skip)
     refine = lambda vector, cost: polish(
-        scaled, blocks, deficient, vector, cost, residual, coefficients, exact, loop
+        scaled, blocks, vector, cost, residual, coefficients, exact, loop
     )
     warm = None
     skip = jnp.zeros((), bool)
@@ -515,18 +508,9 @@ def solve(
         # The guess is worth its active set: if that is right, one Newton step is the whole solve.
         warm = refine(jnp.where(jnp.all(jnp.isfinite(guess)), guess, 0), jnp.ones((), dtype))
         skip = warm.error <= 100 * eps
-    found = run(blocks, skip if deficient is None else skip | deficient)
-    if deficient is not None:
-        again = deficient | (found.code == ipm.STALLED) | (found.code == ipm.OUT_OF_STEPS)
-        again = again & ~skip & scaled.finite
-
-        def compute(one):
-            wide, outside = by_svd(one * inner.A)
-            return _consistent(inner, run(reduction(inner.Q, inner.G, wide), ~again), outside)
-
-        found = where_needed(again, compute, found, loop)
-    elif outside is not None:
-        found = _consistent(inner, found, outside)
+    found = run(blocks, skip)
+    if space is not None:
+        found = _consistent(inner, space, found)
     vector, certified = flat(found), (found.code == ipm.INFEASIBLE) | (found.code == ipm.UNBOUNDED)
     # A certificate keeps its own scale: h'lam + b'nu = -1, or q'z = -1, in natural units.
     vector = jnp.where(certified, vector * scaled.c, vector)
@@ -538,19 +522,24 @@ def solve(
         pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(skip, a, b), a, b)
         vector, kkt = pick(warm.vector, vector), pick(warm.kkt, kkt)
         error, steps = pick(warm.error, error), pick(warm.steps, steps)
-    failed = certified | (found.code == INDEFINITE) | (found.code == NONFINITE)
+    failed = certified | (found.code >= INDEFINITE)
     code = jnp.where(failed & ~skip, found.code, jnp.where(error <= eps**0.65, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)))
     return Answer(vector, kkt, code, steps)
 
 
-def _consistent(data: Data, found: Found, outside) -> Found:
-    """INFEASIBLE where dependent equations contradict each other: the part of b outside of the range of A proves it."""
-    if data.b is None:
-        return found
-    gap = outside @ data.b
-    bad = largest(gap) > float(jnp.finfo(gap.dtype).eps) ** 0.6 * jnp.maximum(largest(data.b), largest(found.z))
-    squared = gap @ gap
-    nu = jnp.where(bad, -gap / jnp.where(squared > 0, squared, 1), found.nu)
+def _consistent(data: Data, space: NullSpace, found: Found) -> Found:
+    """INFEASIBLE where an equation that depends on the others contradicts them, with the proof."""
+    assert data.A is not None
+    point = space.particular @ data.b
+    gap = data.b - data.A @ point
+    worst = jnp.argmax(jnp.abs(gap))
+    size = jnp.maximum(largest(data.b), largest(point))
+    bad = jnp.abs(gap[worst]) > float(jnp.finfo(gap.dtype).eps) ** 0.6 * size
+    # Row `worst` is a combination of the others: a' = (a'Y) A.
+    unit = jnp.arange(gap.size) == worst
+    combination = unit.astype(gap.dtype) - data.A[worst] @ space.particular
+    nu = jnp.where(bad, -combination / jnp.where(bad, gap[worst], 1), found.nu)
     zero = lambda leaf: None if leaf is None else jnp.where(bad, 0, leaf)
-    code = jnp.where(bad, ipm.INFEASIBLE, found.code)
+    code = jnp.where(bad & (found.code != NONFINITE), ipm.INFEASIBLE, found.code)
+    code = jnp.where(space.complete, code, DEPENDENT)
     return Found(zero(found.z), nu, zero(found.lam), zero(found.mu), found.cost, code, found.steps)

@@ -50,23 +50,23 @@ _MAX_STEPS = 100
 class QuadraticProgramData(eqx.Module):
     """The data of one quadratic program; a block that is None is absent."""
 
-    Q: Float[Array, "n n"] | Float[Array, " n"]
-    q: Float[Array, " n"]
-    A: Float[Array, "p n"] | None = None
-    b: Float[Array, " p"] | None = None
-    G: Float[Array, "m n"] | None = None
-    h: Float[Array, " m"] | None = None
-    lower: Float[Array, " n"] | None = None
-    upper: Float[Array, " n"] | None = None
+    Q: Float[Array, "*batch n n"] | Float[Array, "*batch n"]
+    q: Float[Array, "*batch n"]
+    A: Float[Array, "*batch p n"] | None = None
+    b: Float[Array, "*batch p"] | None = None
+    G: Float[Array, "*batch m n"] | None = None
+    h: Float[Array, "*batch m"] | None = None
+    lower: Float[Array, "*batch n"] | None = None
+    upper: Float[Array, "*batch n"] | None = None
 
 
 class KKTPoint(eqx.Module):
     """The unknown of (K1)-(K4): the primal and one multiplier for each equation, inequality and bounded variable."""
 
-    primal: Float[Array, " n"]
-    equality: Float[Array, " p"] | None = None
-    inequality: Float[Array, " m"] | None = None
-    bound: Float[Array, " n"] | None = None
+    primal: Float[Array, "*batch n"]
+    equality: Float[Array, "*batch p"] | None = None
+    inequality: Float[Array, "*batch m"] | None = None
+    bound: Float[Array, "*batch n"] | None = None
 
 
 class Multipliers(eqx.Module):
@@ -75,10 +75,10 @@ class Multipliers(eqx.Module):
     `bound` is positive at an upper bound and negative at a lower one.
     """
 
-    equality: Float[Array, " p"] | None = None
-    inequality: Float[Array, " m"] | None = None
-    bound: Float[Array, " n"] | None = None
-    slack: Float[Array, " m"] | None = None
+    equality: Float[Array, "*batch p"] | None = None
+    inequality: Float[Array, "*batch m"] | None = None
+    bound: Float[Array, "*batch n"] | None = None
+    slack: Float[Array, "*batch m"] | None = None
 
 
 class QuadraticProgram(AbstractDeclarativeNode):
@@ -97,6 +97,8 @@ class QuadraticProgram(AbstractDeclarativeNode):
     - `elastic`: None, or a penalty weight $\rho$ in units of the objective per squared unit of constraint: equations and
       inequalities (not bounds) may be violated at a cost of $\tfrac\rho2\|\cdot\|^2$. Always feasible if the bounds are; the larger
       $\rho$, the nearer to the closest feasible problem. True is $\rho = 10^6$.
+    - `dependent_equations`: how many rows of `A` may depend on the others (consistently: they are then dropped, with multiplier 0).
+      None: a sixteenth of them, and one. Where there are more, the solve ends with `dependent_equations`. Each costs as much as a variable.
     - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`, with the factor of the last Newton step.
     - `throw`, `on_failure`, `max_steps` (of the interior-point method; 100): see `Policy`.
 
@@ -111,6 +113,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
     gradient: Literal["exact", "smoothed"] = eqx.field(static=True)
     smoothing: float | Float[Array, ""]
     elastic: float | None = eqx.field(static=True)
+    dependent_equations: int | None = eqx.field(static=True)
     adjoint: optx.AbstractAdjoint | None
     policy: Policy
 
@@ -122,6 +125,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
         gradient: Literal["exact", "smoothed"] = "exact",
         smoothing: float | Float[Array, ""] = 1e-3,
         elastic: bool | float | None = None,
+        dependent_equations: int | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         policy: Policy | None = None,
         throw: bool | None = None,
@@ -138,7 +142,10 @@ class QuadraticProgram(AbstractDeclarativeNode):
             elastic = None
         if elastic is not None and not 0 < elastic < float("inf"):
             raise ValueError(f"elastic must be True, False, None or a positive penalty weight, got {elastic!r}.")
+        if dependent_equations is not None and (isinstance(dependent_equations, bool) or dependent_equations < 0):
+            raise ValueError(f"dependent_equations must be a non-negative integer or None, got {dependent_equations!r}.")
         self.gradient = gradient
+        self.dependent_equations = dependent_equations
         self.smoothing = smoothing
         self.elastic = elastic
         self.adjoint = adjoint
@@ -414,6 +421,7 @@ _CODES = {
     ipm.OUT_OF_STEPS: RESULTS.nonlinear_max_steps_reached,
     algorithm.INDEFINITE: RESULTS.indefinite,
     algorithm.NONFINITE: RESULTS.nonfinite_data,
+    algorithm.DEPENDENT: RESULTS.dependent_equations,
 }
 
 
@@ -430,10 +438,13 @@ def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None,
     bounded = x.lower is not None or x.upper is not None
     shape = KKTPoint(x.q, x.b, x.h, x.q if bounded else None)
     _, unravel = ravel_pytree(shape)
+    spare = node.dependent_equations
+    if spare is None:
+        spare = 0 if A is None else 1 + b.size // 16
     guess = None if y0 is None else ravel_pytree(y0)[0]
     residual = lambda vector: ravel_pytree(conditions.residual(unravel(vector)))[0]
     coefficients = lambda vector, side: conditions.coefficients(unravel(vector), side)
-    answer = algorithm.solve(data, guess, residual, coefficients, conditions.barrier, node.policy.max_steps, loop)
+    answer = algorithm.solve(data, guess, residual, coefficients, conditions.barrier, spare, node.policy.max_steps, loop)
     result = RESULTS.successful
     for code, member in _CODES.items():
         result = RESULTS.where(answer.code == code, member, result)
