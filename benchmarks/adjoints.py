@@ -34,9 +34,7 @@ import datetime
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -52,6 +50,8 @@ import optimistix as optx
 from jaxtyping import Array, Int
 
 import declarative
+
+from .shared import machine, versions
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 STEPS = (10, 30, 100, 300, 1000, 3000, 10_000)
@@ -335,22 +335,6 @@ def slope(x, y) -> float:
     return float(np.polyfit(np.log(np.asarray(x, float)), np.log(np.asarray(y, float)), 1)[0])
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "equinox", "optimistix", "lineax", "jaxopt", "numpy")
-    installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    return {"python": platform.python_version(), **installed}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and nothing that says whose machine it is."""
-    model = platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "os": platform.system()}
-
-
 # The parts of the report
 
 
@@ -587,7 +571,7 @@ def main(argv: list[str] | None = None) -> int:
     quick = arguments.quick
 
     start = time.perf_counter()
-    print(f"{machine()}\n{versions()}")
+    print(f"{machine()}\n{versions('jax', 'jaxlib', 'equinox', 'optimistix', 'lineax', 'jaxopt', 'numpy')}")
     problem = layer()
     if quick:
         rows = sweep(problem, (DENSE, KRYLOV, SCAN), (100, 1000), 1)
@@ -616,7 +600,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {
         "run": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "quick": quick,
-        "versions": versions(),
+        "versions": versions("jax", "jaxlib", "equinox", "optimistix", "lineax", "jaxopt", "numpy"),
         "machine": machine(),
     }
     with open(out / "adjoints.jsonl", "a") as file:

@@ -24,9 +24,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -38,6 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import declarative as dn
+
+from .shared import machine, versions
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SHAPES = ((4096, 64), (1024, 1024), (64, 32768))
@@ -223,22 +223,6 @@ def merits(rows: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     return found
 
 
-def versions() -> dict[str, str]:
-    names = ("jax", "jaxlib", "equinox", "numpy", "jaxopt", "optax", "torch", "entmax")
-    installed = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
-    return {"python": platform.python_version(), **installed}
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on, and nothing that says whose machine it is."""
-    model = platform.machine()
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "device": jax.devices()[0].device_kind, "os": platform.system()}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
@@ -249,7 +233,7 @@ def main() -> int:
         "benchmark": "attention_maps",
         "quick": arguments.quick,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": versions("jax", "jaxlib", "equinox", "numpy", "jaxopt", "optax", "torch", "entmax"),
         "machine": machine(),
     }
     rows = []

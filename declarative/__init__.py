@@ -29,6 +29,7 @@ from ._nodes.maps.entmax import Entmax as Entmax
 from ._nodes.maps.simplex import Scores as Scores
 from ._nodes.maps.softmax import Softmax as Softmax
 from ._nodes.maps.sparsemax import Sparsemax as Sparsemax
+from ._nodes.programs.optnet import OptNet as OptNet
 from ._nodes.programs.quadratic_program import KKTPoint as KKTPoint
 from ._nodes.programs.quadratic_program import Multipliers as Multipliers
 from ._nodes.programs.quadratic_program import QuadraticProgram as QuadraticProgram

@@ -27,7 +27,9 @@ class Family:
 def _solvable(rng, n, m, p, rank=None, active=None, cond=1.0):
     """A program with a strictly complementary solution, by choosing the solution first."""
     rank = n if rank is None else rank
-    L = rng.standard_normal((n, rank)) * 10 ** (-rng.uniform(0, np.log10(cond), rank) / 2 if cond > 1 else np.zeros(rank))
+    L = rng.standard_normal((n, rank)) * 10 ** (
+        -rng.uniform(0, np.log10(cond), rank) / 2 if cond > 1 else np.zeros(rank)
+    )
     Q = L @ L.T
     A, G = rng.standard_normal((p, n)), rng.standard_normal((m, n))
     z = rng.standard_normal(n)
@@ -72,8 +74,17 @@ def families(rng, n, m, p) -> list[Family]:
     add("doubled inequalities", "solvable", (Q, q, A, b, G[doubled], h[doubled]), hard=True)
     if p > 1:
         mix = rng.standard_normal((p, p - 1)) @ A[: p - 1]
-        add("dependent equations", "solvable", (Q, q, mix, mix @ (z := np.linalg.lstsq(A, b, rcond=None)[0]), G, G @ z + 1), hard=True)
-        add("contradicting equations", "infeasible", (Q, q, np.vstack([A[:-1], A[:1]]), np.append(b[:-1], b[0] + 1e-3), G, h))
+        add(
+            "dependent equations",
+            "solvable",
+            (Q, q, mix, mix @ (z := np.linalg.lstsq(A, b, rcond=None)[0]), G, G @ z + 1),
+            hard=True,
+        )
+        add(
+            "contradicting equations",
+            "infeasible",
+            (Q, q, np.vstack([A[:-1], A[:1]]), np.append(b[:-1], b[0] + 1e-3), G, h),
+        )
         near = np.vstack([A[:-1], A[0] + 1e-5 * rng.standard_normal(n)])
         w = rng.standard_normal(n)
         add("nearly dependent equations", "solvable", (Q, q, near, near @ w, G, G @ w + 1), hard=True)
@@ -118,7 +129,9 @@ def violation(f: Family, z, nu, lam) -> float:
     size = lambda *terms: np.maximum(np.max([np.abs(term) for term in terms], axis=0), 1e-300)
     terms = [f.Q @ z, f.q, f.A.T @ nu, f.G.T @ lam]
     # Every entry of the gradient against the largest one that its terms could have had.
-    stationarity = np.abs(sum(terms)) / size(*terms, np.abs(f.Q) @ np.abs(z), np.abs(f.A.T) @ np.abs(nu), np.abs(f.G.T) @ np.abs(lam))
+    stationarity = np.abs(sum(terms)) / size(
+        *terms, np.abs(f.Q) @ np.abs(z), np.abs(f.A.T) @ np.abs(nu), np.abs(f.G.T) @ np.abs(lam)
+    )
     live = np.isfinite(f.h)
     G, h, lam_live = f.G[live], f.h[live], lam[live]
     rows = size(np.abs(G) @ np.abs(z), h)

@@ -79,5 +79,12 @@ def gradients(x: dn.QuadraticProgramData, active, cotangent):
     index = np.concatenate([np.arange(p), p + on])
     multipliers[index], shifts[index] = solution[n:], back[n:]
     both = np.outer(shifts, z) + np.outer(multipliers, d)
-    grads = {"Q": (np.outer(d, z) + np.outer(z, d)) / 2, "q": d, "A": both[:p], "b": -shifts[:p], "G": both[p:], "h": -shifts[p:]}
+    grads = {
+        "Q": (np.outer(d, z) + np.outer(z, d)) / 2,
+        "q": d,
+        "A": both[:p],
+        "b": -shifts[:p],
+        "G": both[p:],
+        "h": -shifts[p:],
+    }
     return z, grads, np.linalg.cond(kkt)

@@ -1,5 +1,9 @@
 """The quadratic program layer: values and gradients against exact references, conventions, failures, hostile data."""
 
+# An absent block is None. Which blocks are there is fixed where the program is built; to prove it again at every use would hide the maths.
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 import functools
 
 import jax
@@ -40,11 +44,18 @@ def test_every_block_against_enumeration():
         assert worst_violation(solution.value[i], x) < 1e-12
         z = np.asarray(solution.value[i])
         duals = jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), solution.dual)
-        force = np.asarray(x.Q) @ z + np.asarray(x.q) + duals.equality @ np.asarray(x.A) + duals.inequality @ np.asarray(x.G)
+        force = (
+            np.asarray(x.Q) @ z
+            + np.asarray(x.q)
+            + duals.equality @ np.asarray(x.A)
+            + duals.inequality @ np.asarray(x.G)
+        )
         np.testing.assert_allclose(force + duals.bound, 0, atol=1e-11)
         assert np.all(duals.inequality >= 0)
         np.testing.assert_allclose(duals.inequality * duals.slack, 0, atol=1e-12)
-        np.testing.assert_allclose(solution.objective[i], z @ np.asarray(x.Q) @ z / 2 + np.asarray(x.q) @ z, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(
+            solution.objective[i], z @ np.asarray(x.Q) @ z / 2 + np.asarray(x.q) @ z, rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tol"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])
@@ -95,7 +106,9 @@ def finite_difference(f, x, direction, step=1e-6):
 def test_smoothed_and_elastic_programs_have_exact_derivatives(fields):
     x = program(1, n=4, m=3, p=1)
     if "elastic" in fields:  # and no feasible point
-        x = dn.QuadraticProgramData(x.Q, x.q, x.A, x.b, x.G.at[1].set(-x.G[0]), x.h.at[1].set(-x.h[0] - 1), x.lower, x.upper)
+        x = dn.QuadraticProgramData(
+            x.Q, x.q, x.A, x.b, x.G.at[1].set(-x.G[0]), x.h.at[1].set(-x.h[0] - 1), x.lower, x.upper
+        )
     node = dn.QuadraticProgram(throw=False, **fields)
 
     def loss(x):
@@ -211,7 +224,15 @@ def test_constructor_errors():
         dn.QuadraticProgram(elastic=-1.0)
 
 
-STATUS = ("successful", "infeasible", "unbounded", "indefinite", "nonfinite_data", "not_a_solution", "nonlinear_max_steps_reached")
+STATUS = (
+    "successful",
+    "infeasible",
+    "unbounded",
+    "indefinite",
+    "nonfinite_data",
+    "not_a_solution",
+    "nonlinear_max_steps_reached",
+)
 CERTIFIED = {"solvable": "successful", "infeasible": "infeasible", "unbounded": "unbounded", "indefinite": "indefinite"}
 
 
@@ -231,7 +252,9 @@ def hostile_run(shapes, seeds, dtype=jnp.float64, tol=1e-6):
             nu = np.asarray(solution.dual.equality[i], np.float64) if p else np.zeros(0)
             lam = np.asarray(solution.dual.inequality[i], np.float64)
             right = {
-                "successful": lambda f=f, z=z, nu=nu, lam=lam: f.truth == "solvable" and hostile.violation(f, z, nu, lam) <= tol,
+                "successful": lambda f=f, z=z, nu=nu, lam=lam: (
+                    f.truth == "solvable" and hostile.violation(f, z, nu, lam) <= tol
+                ),
                 "infeasible": lambda f=f, nu=nu, lam=lam: f.truth == "infeasible" and hostile.refutes(f, nu, lam),
                 "unbounded": lambda f=f, z=z: f.truth == "unbounded" and hostile.escapes(f, z),
                 "indefinite": lambda f=f: f.truth == "indefinite",

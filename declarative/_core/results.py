@@ -18,9 +18,7 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
     infeasible = "The problem has no feasible point."
     unbounded = "The objective is unbounded below on the feasible set."
     indefinite = "The problem is not convex where the solver needs it to be."
-    dependent_equations = (
-        "More equations depend on one another than the node provides for. Remove rows of `A`, or raise `dependent_equations`."
-    )
+    dependent_equations = "More equations depend on one another than the node provides for. Remove rows of `A`, or raise `dependent_equations`."
     singular_jacobian = (
         "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
         "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "

@@ -4,11 +4,12 @@ $$ J = \begin{bmatrix} Q & A^\top & G^\top & I \\ A & & & \\ \alpha G & & -\beta
    \qquad \text{unknowns } (z, \nu, \lambda, \mu) \tag{J} $$
 
 with a pair $(\alpha_i, \beta_i)$ for each inequality and each bound: (1, 0) where it is active, (0, positive) where it is not, weights
-between them on a central path. Eliminating $\lambda$ and $\mu$ leaves $H = Q + G^\top \mathrm{diag}(\alpha/\beta) G + \mathrm{diag}(\alpha_b/\beta_b)$,
-reduced to the null space of $A$. An active row would divide by zero; there $\beta$ is at least `_SOFT`, and iterative refinement with (J)
-itself takes that back: the method of multipliers, which gains a factor of `_SOFT` over the smallest eigenvalue of the active
-rows' Schur complement in a sweep. Where active rows depend on one another the multipliers are not unique, and it converges to
-the least-norm ones: equal rows share equally.
+between them on a central path. Equations go first: $z = Yb + Nw$ (`null_space.py`), and $\nu$ is read off stationarity at the
+end. Eliminating $\lambda$ and $\mu$ then leaves $N^\top(Q + G^\top \mathrm{diag}(\alpha/\beta) G + \dots)N$. An active row would divide by zero;
+there $\beta$ is at least `softness`, and iterative refinement with (J) itself takes that back: the method of multipliers, which
+in a sweep gains a factor of softness over the smallest eigenvalue of the active rows' Schur complement. Where active rows depend on
+one another the multipliers are not unique, and it converges to the least-norm ones: equal rows share equally. Where they nearly
+do, it does not converge, and LU of (J) takes over, in those lanes only.
 
 Everything is held scaled: rows by `row_scale`, columns by `column_scale`, both powers of two.
 """
@@ -25,13 +26,13 @@ from .bordered import declare_unstructured
 from .dense import inverse_where
 from .lanes import where_needed
 from .null_space import NullSpace
-from .positive_definite import InverseRoot, factorise
+from .positive_definite import InverseRoot
 
 _SWEEPS = 12
 
 
 def softness(dtype) -> float:
-    """_SOFT. Too small, and rounding in a factor of condition 1/_SOFT spoils a sweep; too large, and a sweep gains little.
+    """Of active rows. Too small, and rounding in a factor of condition 1/softness spoils a sweep; too large, and a sweep gains little.
 
     Chosen by trial, 128 x 100 and 32 x 200, conditions of Q from 10 to 1e6: two to five sweeps.
     """
@@ -104,7 +105,7 @@ class KKT(eqx.Module):
     root: InverseRoot
 
     def solve(
-        self, vector: Float[Array, " size"], loop: Callable, transposed: bool = False, floor=0.0
+        self, vector: Float[Array, " size"], loop: Callable, transposed: bool = False, floor: float | Array = 0.0
     ) -> Float[Array, " size"]:
         """J^-1 vector, or its transpose, in unscaled coordinates; refined until the residual stops falling.
 

@@ -3,7 +3,8 @@ r"""A primal-dual interior-point method for $\min_w \tfrac12 w^\top P w + g^\top
 The homogeneous embedding: with multipliers $\lambda \ge 0$, slacks $s \ge 0$ and two scalars $\tau, \kappa \ge 0$, find
 
 $$ Pw + R^\top\lambda + g\tau = 0, \quad Rw + s - f\tau - \varepsilon\lambda = 0, \quad
-   \kappa + \tfrac1\tau (w^\top P w + \varepsilon\lambda^\top\lambda) + g^\top w + f^\top\lambda = 0, \quad s\circ\lambda = 0,\ \kappa\tau = 0 \tag{H} $$
+   \kappa + \tfrac1\tau (w^\top P w + \varepsilon\lambda^\top\lambda) + g^\top w + f^\top\lambda = 0, $$
+$$ s\circ\lambda = 0, \quad \kappa\tau = 0 \tag{H} $$
 
 which always has a solution other than 0. Where $\tau > 0$, $(w, \lambda)/\tau$ solves the program; where $\tau = 0$, the multipliers prove it
 infeasible or $w$ proves it unbounded. $\varepsilon = 0$ is the program itself; $\varepsilon > 0$ replaces $Rw \le f$ by the penalty
@@ -145,7 +146,9 @@ class Outcome(eqx.Module):
     steps: Int[Array, ""]
 
 
-def interior_point(program: Program, max_steps: int, loop: Callable, target: Float[Array, ""] | None = None, skip=False) -> Outcome:
+def interior_point(
+    program: Program, max_steps: int, loop: Callable, target: Float[Array, ""] | None = None, skip=False
+) -> Outcome:
     """Solves the program from a point that its data suggest; see the module's text. A lane to `skip` takes no step."""
     dtype = program.g.dtype
     eps = float(jnp.finfo(dtype).eps)
@@ -213,12 +216,15 @@ def _step(program: Program, at: Iterate, target, loop: Callable):
         return dw, weights * (rows(dw) + e)
 
     mu = (s @ lam + tau * kappa) / jnp.maximum(count, 1)
+    w1, lam1, v, curvature = w, lam, g, tau  # of use where there is an embedding
     if embedded:
         w1, lam1 = solve(-g, -f)
         off = w1 - w / tau
         slope = jnp.where(live, s / safe_lam, 0)
         # Positive, term by term: what the embedding's last row leaves of tau after elimination.
-        curvature = kappa / tau + off @ multiply(P, off) + lam1 @ (slope * lam1) + jnp.sum(soft * (lam1 - lam / tau) ** 2)
+        curvature = (
+            kappa / tau + off @ multiply(P, off) + lam1 @ (slope * lam1) + jnp.sum(soft * (lam1 - lam / tau) ** 2)
+        )
         v = 2 * at.Pw / tau + g
 
     def direction(keep, complement, kappa_complement):

@@ -9,6 +9,10 @@ r"""From the data of a quadratic program to its solution and the factor of its o
    right to about the square root of its complementarity where a constraint is nearly weakly active; a polished one to rounding.
 """
 
+# An absent block is None. Which blocks are there is fixed where the program is built; to prove it again at every use would hide the maths.
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from collections.abc import Callable
 
 import equinox as eqx
@@ -106,7 +110,10 @@ def scale(data: Data) -> Scaled:
     e_A = e_A if A is None else rows_of(A_abs, d)
     e_G = e_G if G is None else rows_of(G_abs, d)
     clean = lambda leaf, other=0.0: None if leaf is None else jnp.where(finite, leaf, other)
-    Q = clean(c * d**2 * Q if Q.ndim == 1 else (c * d[:, None]) * Q * d[None, :], 1.0 if Q.ndim == 1 else jnp.eye(n, dtype=dtype))
+    Q = clean(
+        c * d**2 * Q if Q.ndim == 1 else (c * d[:, None]) * Q * d[None, :],
+        1.0 if Q.ndim == 1 else jnp.eye(n, dtype=dtype),
+    )
     if Q.ndim == 2:
         Q = (Q + Q.T) / 2
     A = None if A is None else clean(e_A[:, None] * A * d[None, :], jnp.eye(*A.shape, dtype=dtype))
@@ -437,7 +444,11 @@ def polish(
             h = jnp.where(jnp.isfinite(data.h), data.h, 0)
             parts.append(jnp.where(side[:m] == 1, data.G @ z - h - cost_free_compliance * lam[:m], 0))
         if data.bounded:
-            at = jnp.where(side[m:] == 1, jnp.inf if data.upper is None else data.upper, -jnp.inf if data.lower is None else data.lower)
+            at = jnp.where(
+                side[m:] == 1,
+                jnp.inf if data.upper is None else data.upper,
+                -jnp.inf if data.lower is None else data.lower,
+            )
             parts.append(jnp.where(side[m:] == 0, 0, z - jnp.where(jnp.isfinite(at), at, 0)))
         return jnp.concatenate([first, *parts]) / row_scale
 
@@ -446,7 +457,16 @@ def polish(
     none = jnp.zeros(m + (n if data.bounded else 0), jnp.int32)
     zeros = jnp.zeros(none.size, dtype)
     start = _Polish(
-        vector, none, vector, none, error_of(vector), jnp.zeros(root_shape, dtype), zeros, zeros, jnp.zeros((), jnp.int32), jnp.ones((), bool)
+        vector,
+        none,
+        vector,
+        none,
+        error_of(vector),
+        jnp.zeros(root_shape, dtype),
+        zeros,
+        zeros,
+        jnp.zeros((), jnp.int32),
+        jnp.ones((), bool),
     )
     end = loop(lambda state: state.going, body, start, max_steps=_POLISH)
     best = end.best
@@ -485,23 +505,24 @@ def solve(
     max_steps: int,
     loop: Callable,
 ) -> Answer:
-    """All four steps. `spare`: how many dependent equations to provide for. `target`: the product of slacks and multipliers to stop at (None: the solution itself)."""
+    """All four steps.
+
+    `spare`: how many dependent equations to provide for. `target`: the product of slacks and multipliers to stop at (None: the
+    solution itself).
+    """
     scaled = scale(data)
-    inner = scaled.data
-    n, dtype = data.q.size, data.q.dtype
+    inner, dtype = scaled.data, data.q.dtype
     p = 0 if data.A is None else data.A.shape[0]
     eps = float(jnp.finfo(dtype).eps)
     exact = target is None
     space = null_space(inner.A, spare) if p else None
     column_scale = scaled.column_scale()
-    flat = lambda found: column_scale * jnp.concatenate(
-        [found.z, found.nu, found.lam, *([] if found.mu is None else [found.mu])]
+    flat = lambda found: (
+        column_scale * jnp.concatenate([found.z, found.nu, found.lam, *([] if found.mu is None else [found.mu])])
     )
     blocks = reduction(inner.Q, inner.G, space)
     run = lambda blocks, skip: iterate(scaled, blocks, max_steps, loop, target, skip)
-    refine = lambda vector, cost: polish(
-        scaled, blocks, vector, cost, residual, coefficients, exact, loop
-    )
+    refine = lambda vector, cost: polish(scaled, blocks, vector, cost, residual, coefficients, exact, loop)
     warm = None
     skip = jnp.zeros((), bool)
     if guess is not None and exact:
@@ -523,7 +544,13 @@ def solve(
         vector, kkt = pick(warm.vector, vector), pick(warm.kkt, kkt)
         error, steps = pick(warm.error, error), pick(warm.steps, steps)
     failed = certified | (found.code >= INDEFINITE)
-    code = jnp.where(failed & ~skip, found.code, jnp.where(error <= eps**0.65, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)))
+    code = jnp.where(
+        failed & ~skip,
+        found.code,
+        jnp.where(
+            error <= eps**0.65, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)
+        ),
+    )
     return Answer(vector, kkt, code, steps)
 
 

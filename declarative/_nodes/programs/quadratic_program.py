@@ -26,8 +26,12 @@ References: Amos & Kolter 2017, arXiv:1703.00443 (the layer; our (K1)-(K3) give 
 Mehrotra 1992; Goulart & Chen 2024, arXiv:2405.12762; Stellato et al. 2020, arXiv:1711.08013 (the polishing step).
 """
 
+# An absent block is None. Which blocks are there is fixed where the program is built; to prove it again at every use would hide the maths.
+# pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
@@ -103,10 +107,11 @@ class QuadraticProgram(AbstractDeclarativeNode):
     - `throw`, `on_failure`, `max_steps` (of the interior-point method; 100): see `Policy`.
 
     **Shapes and dtypes:** `Q` is `(n, n)`, of which the symmetric part counts, or `(n,)`, a diagonal; float32 or float64.
-    **Failures:** `infeasible`: `dual` then proves it ($A^\top\nu + G^\top\lambda + \mu = 0$ and $b^\top\nu + h^\top\lambda + \sup_{l\le z\le u}... < 0$,
-    scaled to -1); `unbounded`: `value` is a ray along which the objective falls for ever; `indefinite`: Q is not positive
-    semidefinite on the null space of A; `nonfinite_data`; `nonlinear_max_steps_reached`; `not_a_solution`: the accuracy of the
-    dtype was not reached.
+    **Failures:** `infeasible`: `dual` then proves it, $A^\top\nu + G^\top\lambda + \mu = 0$ with
+    $b^\top\nu + h^\top\lambda + u^\top\mu^+ - l^\top\mu^- = -1$ (bounds that cross need no proof, and get none); `unbounded`: `value` is
+    then a ray along which the objective falls for ever, $q^\top z = -1$; `indefinite`: Q is not positive semidefinite on the null
+    space of A; `dependent_equations`; `nonfinite_data`; `nonlinear_max_steps_reached`; `not_a_solution`: the accuracy that the dtype
+    asks for was not reached.
     **Raises:** `ValueError` for shapes that do not fit, naming the block; `SolveError` at run time with `throw=True`.
     """
 
@@ -143,7 +148,9 @@ class QuadraticProgram(AbstractDeclarativeNode):
         if elastic is not None and not 0 < elastic < float("inf"):
             raise ValueError(f"elastic must be True, False, None or a positive penalty weight, got {elastic!r}.")
         if dependent_equations is not None and (isinstance(dependent_equations, bool) or dependent_equations < 0):
-            raise ValueError(f"dependent_equations must be a non-negative integer or None, got {dependent_equations!r}.")
+            raise ValueError(
+                f"dependent_equations must be a non-negative integer or None, got {dependent_equations!r}."
+            )
         self.gradient = gradient
         self.dependent_equations = dependent_equations
         self.smoothing = smoothing
@@ -227,7 +234,9 @@ def _check(x: QuadraticProgramData):
         if matrix is None:
             continue
         if matrix.ndim != 2 or matrix.shape[1] != n:
-            raise ValueError(f"{name} must be a matrix with {n} columns, one for each entry of q, got {describe(matrix)}.")
+            raise ValueError(
+                f"{name} must be a matrix with {n} columns, one for each entry of q, got {describe(matrix)}."
+            )
         if vector.shape != matrix.shape[:1]:
             raise ValueError(
                 f"{partner} must have one entry for each row of {name}, {matrix.shape[0]}, got {describe(vector)}."
@@ -237,7 +246,9 @@ def _check(x: QuadraticProgramData):
     for name in ("lower", "upper"):
         bound = getattr(x, name)
         if bound is not None and bound.shape != (n,):
-            raise ValueError(f"{name} must have one entry for each entry of q, {n}, or be a number, got {describe(bound)}.")
+            raise ValueError(
+                f"{name} must have one entry for each entry of q, {n}, or be a number, got {describe(bound)}."
+            )
     dtypes = {name: leaf.dtype for name, leaf in vars(x).items() if leaf is not None}
     if any(not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes.values()) or len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {jnp.dtype(dtype).name}" for name, dtype in dtypes.items())
@@ -261,7 +272,9 @@ def _lagrangian(y: KKTPoint, bound):
         total = total + y.equality @ (x.A @ z - x.b) - compliance / 2 * (y.equality @ y.equality)
     if x.G is not None:
         s = jnp.where(jnp.isfinite(x.h), x.h, 0) - x.G @ z
-        total = total - jnp.where(jnp.isfinite(x.h), y.inequality, 0) @ s - compliance / 2 * (y.inequality @ y.inequality)
+        total = (
+            total - jnp.where(jnp.isfinite(x.h), y.inequality, 0) @ s - compliance / 2 * (y.inequality @ y.inequality)
+        )
     for side, sign in ((x.lower, -1), (x.upper, 1)):
         if side is not None:
             at = jnp.isfinite(side) & (sign * y.bound > 0)
@@ -327,7 +340,7 @@ class _Conditions:
 
     def _bound_residual(self, y):
         """(K4), a min of each side: zero slack where its multiplier has the right sign."""
-        x, z, mu = self.x, y.primal, y.bound
+        z, mu = y.primal, y.bound
         w = 1 / self.t
         near = jax.lax.stop_gradient(float(jnp.finfo(z.dtype).eps) ** 0.5 * largest(z))
         lower, upper = self._bounds(z)
@@ -426,7 +439,6 @@ _CODES = {
 
 
 def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None, loop: Callable) -> Run:
-    n = x.q.size
     conditions = _Conditions(node, x)
     elastic = node.elastic is not None
     A, b, G, h, soft = x.A, x.b, x.G, x.h, 0
@@ -444,8 +456,10 @@ def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None,
     guess = None if y0 is None else ravel_pytree(y0)[0]
     residual = lambda vector: ravel_pytree(conditions.residual(unravel(vector)))[0]
     coefficients = lambda vector, side: conditions.coefficients(unravel(vector), side)
-    answer = algorithm.solve(data, guess, residual, coefficients, conditions.barrier, spare, node.policy.max_steps, loop)
-    result = RESULTS.successful
+    answer = algorithm.solve(
+        data, guess, residual, coefficients, conditions.barrier, spare, node.policy.max_steps, loop
+    )
+    result: Any = RESULTS.successful
     for code, member in _CODES.items():
         result = RESULTS.where(answer.code == code, member, result)
     return Run(unravel(answer.vector), result, answer.steps, factor=answer.kkt)
