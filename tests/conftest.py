@@ -18,13 +18,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_collection_modifyitems(config, items):
-    """The exhaustive tier runs only when it is asked for by `-m`."""
-    if "full" in (config.option.markexpr or ""):
-        return
-    deselected = [item for item in items if "full" in item.keywords]
+    """The slow and the exhaustive tier run only when they are asked for by `-m`."""
+    asked = config.option.markexpr or ""
+    left_out = [tier for tier in ("full", "slow") if tier not in asked]
+    deselected = [item for item in items if any(tier in item.keywords for tier in left_out)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
         items[:] = [item for item in items if "full" not in item.keywords]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_programs():
+    """One process holds a limited number of memory maps, and every compiled program takes some."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import numpy as np
 
 import declarative as dn
 
+from .programs import by_enumeration, program, with_blocks, worst_violation
+
 
 @dataclasses.dataclass
 class Row:
@@ -23,6 +25,7 @@ class Row:
     failures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adjoints: tuple = (None,)
     unrolled: bool = True
+    fast: bool = True  # False: in the full tier only, where compilation alone takes minutes
 
     def __str__(self):
         return self.name
@@ -157,6 +160,16 @@ ROWS = [
         failures={"nonfinite_data": INFINITE},
         adjoints=(None, dn.ImplicitAdjoint()),
         unrolled=False,  # the mass is not convex in the multiplier for alpha > 2: the unrolled Newton iteration is not offered
+    ),
+    Row(
+        "quadratic-program",
+        lambda **kw: dn.QuadraticProgram(**kw),
+        program(n=4, m=3, p=1),
+        reference=by_enumeration,
+        feasible=worst_violation,
+        failures={"infeasible": with_blocks(program(n=4, m=3, p=1), b=jnp.array([50.0]))},
+        unrolled=False,  # an interior-point method's iterations are not for differentiation: the node raises
+        fast=False,  # tests/test_quadratic_program.py is its fast tier
     ),
 ]
 

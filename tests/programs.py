@@ -27,6 +27,13 @@ def program(seed=0, n=5, m=4, p=2, bounds=True, dtype=np.float64) -> dn.Quadrati
     )
 
 
+def with_blocks(x: dn.QuadraticProgramData, **changes) -> dn.QuadraticProgramData:
+    """The same program with some blocks replaced."""
+    return dn.QuadraticProgramData(
+        **{**{name: getattr(x, name) for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper")}, **changes}
+    )
+
+
 def blocks(x: dn.QuadraticProgramData):
     """Q, q, A, b and all inequalities as one pair G, h, in NumPy."""
     n = x.q.size

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix as optx
 import pytest
 
 import declarative as dn
@@ -83,6 +84,7 @@ def closed_form(Q, q, A, b):
     return jnp.linalg.solve(kkt, jnp.concatenate([-q, b]))[:n]
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_equality_programs():
     x = program(3, n=4, m=0, p=2, bounds=False)
     value = lambda q: QUIET.solve(x.Q, q, A=x.A, b=x.b).objective
@@ -102,6 +104,7 @@ def finite_difference(f, x, direction, step=1e-6):
     return (f(move(1)) - f(move(-1))) / (2 * step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"gradient": "smoothed", "smoothing": 1e-2}, {"elastic": 50.0}], ids=str)
 def test_smoothed_and_elastic_programs_have_exact_derivatives(fields):
     x = program(1, n=4, m=3, p=1)
@@ -124,6 +127,7 @@ def test_smoothed_and_elastic_programs_have_exact_derivatives(fields):
     assert node.solve(x).result == dn.RESULTS.successful
 
 
+@pytest.mark.slow
 def test_smoothing_is_the_central_path_and_elastic_tends_to_the_program():
     x = program(2, n=3, m=3, p=0, bounds=False)
     exact = QUIET.solve(x)
@@ -167,6 +171,7 @@ def test_direct_cases():
     assert float(QUIET(Q, q, lower=lower, upper=upper)[1]) == pytest.approx(0.7, abs=1e-15)
 
 
+@pytest.mark.slow
 def test_a_previous_solution_starts_the_next():
     x = program(0, n=4, m=3, p=1)
     first = compiled("solve")(batch(x))
@@ -217,11 +222,16 @@ def test_what_does_not_fit_is_named(change, message):
 
 def test_constructor_errors():
     with pytest.raises(ValueError, match="gradient must be"):
-        dn.QuadraticProgram(gradient="smooth")  # pyright: ignore[reportArgumentType]
+        dn.QuadraticProgram(gradient="smooth")
     with pytest.raises(ValueError, match="smoothing must be positive"):
         dn.QuadraticProgram(smoothing=0.0)
     with pytest.raises(ValueError, match="elastic must be"):
         dn.QuadraticProgram(elastic=-1.0)
+    with pytest.raises(ValueError, match="dependent_equations must be"):
+        dn.QuadraticProgram(dependent_equations=-1)
+    for adjoint in (dn.UnrolledAdjoint(), optx.RecursiveCheckpointAdjoint()):
+        with pytest.raises(ValueError, match="would differentiate interior-point iterations"):
+            dn.QuadraticProgram(adjoint=adjoint)
 
 
 STATUS = (
@@ -272,6 +282,20 @@ def test_hostile_programs():
     wrong, tally = hostile_run([(3, 4, 1)], range(6))
     assert not wrong
     assert all(answered >= asked - 1 for answered, asked in tally.values())
+
+
+@pytest.mark.slow
+def test_equations_that_depend_on_one_another():
+    x = program(0, n=4, m=3, p=1, bounds=False)
+    A, b = jnp.concatenate([x.A, 2 * x.A]), jnp.concatenate([x.b, 2 * x.b])
+    doubled = QUIET.solve(x.Q, x.q, A=A, b=b, G=x.G, h=x.h)
+    tree_close(doubled.value, by_enumeration(x), 1e-9)
+    contradiction = QUIET.solve(x.Q, x.q, A=A, b=b + jnp.array([0.0, 1.0]), G=x.G, h=x.h)
+    assert contradiction.result == dn.RESULTS.infeasible
+    np.testing.assert_allclose(A.T @ contradiction.dual.equality, 0, atol=1e-9)
+    np.testing.assert_allclose((b + jnp.array([0.0, 1.0])) @ contradiction.dual.equality, -1, rtol=1e-9)
+    strict = dn.QuadraticProgram(throw=False, dependent_equations=0)
+    assert strict.solve(x.Q, x.q, A=A, b=b, G=x.G, h=x.h).result == dn.RESULTS.dependent_equations
 
 
 @pytest.mark.full

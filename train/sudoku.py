@@ -3,7 +3,10 @@
     python -m train.sudoku                  the 4 x 4 boards of the OptNet paper, and the picture of the rules it found
     python -m train.sudoku --model mlp      the network
 
-PLACEHOLDER
+Hardware and time: 2 CPU cores that do nothing else, two and a half minutes for the layer, 9 s for the network.
+Expect, seeds 0, 1, 2: the layer gets 0.0, 1.8 and 2.9 % of the boards of held-out grids wrong; the network, with as many parameters,
+90.5, 92.3 and 93.5 %, at the best learning rate of 0.003, 0.01, 0.03 and 0.05 (`--lr 0.03`). Ten times the steps give the network 90 %,
+ten times the width and four times the steps 55 %.
 
 Puzzles are generated: a full grid, cells removed in random order as long as the solution stays unique, until `clues` are left. There are
 only 288 full 4 x 4 grids, so a random split of puzzles shares nearly every solution between training and test. Both are reported:
@@ -35,9 +38,9 @@ class Config:
     held_out: float = 0.2
     """Share of the full grids of which no puzzle is trained on."""
 
-    steps: int = 1000
+    steps: int = 1500
     batch_size: int = 100
-    lr: float = 3e-2
+    lr: float = 5e-2
     """Peak learning rate: a cosine to zero."""
     seed: int = 0
 
@@ -205,7 +208,8 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         if config.model == "optnet":
             plot_rules(np.asarray(state.model.layer.A), config.directory / "rules.png")
             files.append("rules.png")
-        outputs = np.asarray(eqx.filter_jit(jax.vmap(state.model))(tests["grids"][0][:6]))
+        answer = eqx.filter_jit(lambda model, puzzles: jax.vmap(model)(puzzles))
+        outputs = np.asarray(answer(state.model, tests["grids"][0][:6]))
         plot_boards(tests["grids"][0][:6], outputs, tests["grids"][1][:6], config.directory / "boards.png")
         files.append("boards.png")
     print(f"\n{config.model}, {parameters} parameters")

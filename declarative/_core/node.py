@@ -79,7 +79,8 @@ class Solution(eqx.Module):
     - `dual`: multipliers, or None.
     - `objective`: the optimal value, with its envelope gradient, or None.
     - `result`: a `RESULTS` member for each element.
-    - `stats`: `steps` and `residual` (relative to what a relative perturbation of the whole unknown causes); no gradient.
+    - `stats`: `steps`, `residual` (relative to what a relative perturbation of the whole unknown causes) and, for a node that knows
+      its kinks, `kink_distance`; no gradient.
     """
 
     unknown: PyTree
@@ -270,13 +271,17 @@ def _evaluate(inputs, probe):
 def _solve(inputs, probe) -> Solution:
     node, x, _ = inputs
     point = _differentiable_point(inputs, probe, throw=False, measured=True)
+    stats = {"steps": point.steps, "residual": detach(point.residual)}
+    distance = node.kink_distance(*detach_tree((point.unknown, x)))
+    if distance is not None:
+        stats["kink_distance"] = detach(distance)
     return Solution(
         unknown=point.unknown,
         value=node.value(point.unknown, x),
         dual=node.dual(point.unknown, x),
         objective=node.objective(point.unknown, x),
         result=as_result(point.code),
-        stats={"steps": point.steps, "residual": detach(point.residual)},
+        stats=stats,
     )
 
 

@@ -164,7 +164,9 @@ def interior_point(
         state = _judge(program, state, eps, target)
         # Near the end rounding takes over and the iterates get worse: the best one is then good enough to be polished.
         close = state.error <= eps**0.4
-        stopped = ~moved | (state.idle >= _STALL) | (close & (state.idle >= 2))
+        # On the way to a certificate (kappa above tau) the error says nothing; otherwise four steps without progress are enough.
+        patience = jnp.where(close, 2, jnp.where(state.at.kappa < state.at.tau, 4, _STALL))
+        stopped = ~moved | (state.idle >= patience)
         code = jnp.where((state.code == -1) & stopped, jnp.where(close, OPTIMAL, STALLED), state.code)
         return eqx.tree_at(lambda state: state.code, state, code)
 

@@ -44,8 +44,8 @@ def plot_rules(A: Float[np.ndarray, "p n"], path: str | Path) -> None:
     for ax, matrix, title in ((axes[0], rules, "True rules"), (axes[1], A, "Learnt equations")):
         image = ax.imshow(projector(matrix), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
         rank = round(np.trace(projector(matrix)))
-        ax.set(title=f"{title}: projector on their row space (rank {rank})", xlabel="unknown (row, column, digit)")
-    figure.colorbar(image, ax=axes[:2], shrink=0.8)
+        ax.set(title=f"{title} (rank {rank})", xlabel="unknown: row, column, digit", ylabel="the same")
+    figure.colorbar(image, ax=axes[:2], shrink=0.8, label="projector on the row space")
     found = explained(rules, A).reshape(16, 4)
     for i in range(4):
         axes[2].plot(i + np.linspace(-0.3, 0.3, 16), np.sort(found[:, i]), "o", ms=4)

@@ -40,7 +40,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from ..._core.adjoint import lax_loop
+from ..._core.adjoint import AbstractAdjoint, lax_loop
 from ..._core.implicit import LinearSystem, Run, largest
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -52,16 +52,16 @@ _MAX_STEPS = 100
 
 
 class QuadraticProgramData(eqx.Module):
-    """The data of one quadratic program; a block that is None is absent."""
+    """The data of one quadratic program; a block that is None is absent. Shapes: the table above; checked where they are used."""
 
-    Q: Float[Array, "*batch n n"] | Float[Array, "*batch n"]
-    q: Float[Array, "*batch n"]
-    A: Float[Array, "*batch p n"] | None = None
-    b: Float[Array, "*batch p"] | None = None
-    G: Float[Array, "*batch m n"] | None = None
-    h: Float[Array, "*batch m"] | None = None
-    lower: Float[Array, "*batch n"] | None = None
-    upper: Float[Array, "*batch n"] | None = None
+    Q: Float[Array, "..."]
+    q: Float[Array, "..."]
+    A: Float[Array, "..."] | None = None
+    b: Float[Array, "..."] | None = None
+    G: Float[Array, "..."] | None = None
+    h: Float[Array, "..."] | None = None
+    lower: Float[Array, "..."] | None = None
+    upper: Float[Array, "..."] | None = None
 
 
 class KKTPoint(eqx.Module):
@@ -103,7 +103,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
       $\rho$, the nearer to the closest feasible problem. True is $\rho = 10^6$.
     - `dependent_equations`: how many rows of `A` may depend on the others (consistently: they are then dropped, with multiplier 0).
       None: a sixteenth of them, and one. Where there are more, the solve ends with `dependent_equations`. Each costs as much as a variable.
-    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`, with the factor of the last Newton step.
+    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`, with the factor of the last Newton step. Adjoints that unroll raise.
     - `throw`, `on_failure`, `max_steps` (of the interior-point method; 100): see `Policy`.
 
     **Shapes and dtypes:** `Q` is `(n, n)`, of which the symmetric part counts, or `(n,)`, a diagonal; float32 or float64.
@@ -127,7 +127,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
     def __init__(
         self,
         *,
-        gradient: Literal["exact", "smoothed"] = "exact",
+        gradient: str = "exact",
         smoothing: float | Float[Array, ""] = 1e-3,
         elastic: bool | float | None = None,
         dependent_equations: int | None = None,
@@ -151,7 +151,13 @@ class QuadraticProgram(AbstractDeclarativeNode):
             raise ValueError(
                 f"dependent_equations must be a non-negative integer or None, got {dependent_equations!r}."
             )
-        self.gradient = gradient
+        unrolls = isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
+        if unrolls or (isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls):
+            raise ValueError(
+                f"{type(adjoint).__name__} would differentiate interior-point iterations, whose last ones divide by what tends to "
+                "zero. The implicit gradient is exact: use ImplicitAdjoint(), or adjoint=None."
+            )
+        self.gradient = gradient  # pyright: ignore[reportAttributeAccessIssue]  (checked above)
         self.dependent_equations = dependent_equations
         self.smoothing = smoothing
         self.elastic = elastic
