@@ -139,8 +139,10 @@ def typical_scale(function: Callable[[PyTree], PyTree], y: PyTree) -> Float[Arra
 
 
 def _directions(vector):
+    # Signs alone would cancel exactly in an equation like y1 + y2 = 1.
     rng = np.random.default_rng(1)
-    return jnp.asarray(rng.choice([-1.0, 1.0], (3, vector.size)), vector.dtype)
+    sizes = rng.uniform(0.5, 1.5, (3, vector.size))
+    return jnp.asarray(sizes * rng.choice([-1.0, 1.0], sizes.shape), vector.dtype)
 
 
 def _signs(tree: PyTree) -> PyTree:
@@ -165,7 +167,7 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         floor = 0 if run.scale is None else run.scale * (zero_tolerance(tol.solver) / tol.solution)
         scale = jnp.maximum(largest(vector), floor).astype(vector.dtype)
         scale = jnp.where(scale > 0, scale, 1)
-        # What a relative change of the whole unknown does to each entry of F, along three random directions of signs. Entry by
+        # What a relative change of the whole unknown does to each entry of F, along three random directions. Entry by
         # entry, so that a strongly scaled equation cannot cover for a weak one; three, since one may cancel.
         value, jvp = jax.linearize(function, vector)
         allowed = scale * jnp.max(jnp.abs(jax.vmap(jvp)(_directions(vector))), axis=0)

@@ -319,8 +319,9 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         towards_infeasible, towards_unbounded = -(f @ at.lam), -(g @ at.w)
         # The further kappa outweighs tau, the less it takes: `_outcome` sharpens a certificate, and looks again.
         strict = jnp.where(at.kappa > eps**-0.25 * at.tau, eps**0.33, eps**0.5)
-        pull = largest((lam_rows, program.softness * at.lam))
-        infeasible = (at.kappa > at.tau) & (towards_infeasible > 0) & (pull <= strict * towards_infeasible)
+        infeasible = (at.kappa > at.tau) & (towards_infeasible > 0) & (largest(lam_rows) <= strict * towards_infeasible)
+        if not isinstance(program.softness, float):
+            infeasible = jnp.zeros((), bool)  # Softened rows can be violated.
         # A softened row holds no one back, but charges for it.
         blocked = jnp.where(live, jnp.maximum(rows_w, 0), 0)
         ray = jnp.maximum(largest(at.Pw), largest(blocked))

@@ -213,11 +213,13 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
             return _separable(scaled)
     reduced = reduce(scaled, blocks)
     convex = is_semidefinite(reduced.program.P)
+    both = data.lower is not None and data.upper is not None
+    crossed = jnp.any(data.lower > data.upper) if both else jnp.zeros((), bool)
     length, cost = reduced.length, reduced.cost
     if target is not None:
         # s lam, in the units of the program.
         target = target * scaled.c * cost / length**2
-    out = ipm.interior_point(reduced.program, max_steps, loop, target, skip | ~convex | ~scaled.finite)
+    out = ipm.interior_point(reduced.program, max_steps, loop, target, skip | ~convex | ~scaled.finite | crossed)
     ray = out.code == ipm.UNBOUNDED
     proof = out.code == ipm.INFEASIBLE
     w = out.w if space is None else space.basis @ out.w
@@ -238,7 +240,7 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
         force = rows_transposed(data.G, jnp.concatenate([rows] if mu is None else [rows, mu]), n)
         force = jnp.where(proof, 0, ipm.multiply(data.Q, z) + data.q) + force
         nu = -(force @ space.particular)
-    code = jnp.where(convex, out.code, INDEFINITE)
+    code = jnp.where(crossed, ipm.INFEASIBLE, jnp.where(convex, out.code, INDEFINITE))
     code = jnp.where(scaled.finite, code, NONFINITE)
     return Found(z, nu, rows, mu, cost, code, out.steps)
 
@@ -482,7 +484,15 @@ def polish(
             both = data.lower is not None and data.upper is not None
             signed.append(data.lower != data.upper if both else jnp.ones(n, bool))
         active = jnp.where(jnp.concatenate(signed), snapped, lam)
-        best = best.at[n + p :].set(jnp.where(end.error <= eps**0.5, active, lam))
+        solved = end.error <= eps**0.5
+        best = best.at[n + p :].set(jnp.where(solved, active, lam))
+        if data.bounded:
+            # A variable at its bound is at it exactly.
+            side, z = end.best_side[m:], best[:n]
+            for bound, sign in ((data.lower, -1), (data.upper, 1)):
+                if bound is not None:
+                    z = jnp.where(solved & (side == sign) & jnp.isfinite(bound), scaled.d * bound, z)
+            best = best.at[:n].set(z)
     return Polished(best, end.error, kkt_of(InverseRoot(end.root), end.alpha, end.beta), end.steps)
 
 
