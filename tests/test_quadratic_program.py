@@ -166,9 +166,18 @@ def test_direct_cases():
     tree_close(free.value, -q / Q, 1e-14)
     assert QUIET.solve(Q.at[2].set(0.0), q).result == dn.RESULTS.unbounded
     assert QUIET.solve(Q, q, lower=1.0, upper=0.0).result == dn.RESULTS.infeasible
+    # Blocks without rows, and numbers as bounds beside float32.
+    empty = QUIET.solve(
+        Q, q, A=jnp.zeros((0, 5)), b=jnp.zeros(0), G=jnp.zeros((0, 5)), h=jnp.zeros(0), lower=-0.3, upper=0.2
+    )
+    tree_close(empty.value, box.value, 1e-14)
+    single = QUIET(Q.astype(jnp.float32), q.astype(jnp.float32), lower=-0.3, upper=0.2)
+    assert single.dtype == jnp.float32
     # A fixed variable is a constraint like any other.
     lower, upper = jnp.full(5, -0.3).at[1].set(0.7), jnp.full(5, 0.2).at[1].set(0.7)
-    assert float(QUIET(Q, q, lower=lower, upper=upper)[1]) == pytest.approx(0.7, abs=1e-15)
+    fixed = QUIET.solve(Q, q, lower=lower, upper=upper)
+    assert float(fixed.value[1]) == 0.7
+    assert float(fixed.stats["kink_distance"]) > 1e-3
 
 
 @pytest.mark.slow
@@ -180,7 +189,9 @@ def test_a_previous_solution_starts_the_next():
     assert int(warm.stats["steps"][0]) <= 2 < int(first.stats["steps"][0])
     tree_close(warm.value, first.value, 1e-12)
     useless = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), first.unknown)
-    tree_close(restarted(batch(x), useless).value, first.value, 1e-12)
+    fresh = restarted(batch(x), useless)
+    tree_close(fresh.value, first.value, 1e-12)
+    assert int(fresh.result._value[0]) == 0
 
 
 def test_a_bad_lane_leaves_its_neighbours_bit_identical():
@@ -282,6 +293,39 @@ def test_hostile_programs():
     wrong, tally = hostile_run([(3, 4, 1)], range(6))
     assert not wrong
     assert all(answered >= asked - 1 for answered, asked in tally.values())
+
+
+def test_a_guess_does_not_make_a_solution_of_a_failure():
+    flat = lambda primal, bound: dn.KKTPoint(jnp.array([primal]), bound=jnp.array([bound]))
+    one = jnp.ones(1)
+    saddle = QUIET.solve(-one, 0 * one, lower=-1.0, upper=1.0, y0=flat(1.0, 1.0))
+    assert saddle.result == dn.RESULTS.indefinite
+    crossed = QUIET.solve(one, -one, lower=1.0, upper=0.0, y0=flat(0.0, 1.0))
+    assert crossed.result == dn.RESULTS.infeasible
+
+
+def test_rays_and_what_only_looks_like_one():
+    eye = jnp.eye(2, dtype=jnp.float32)
+    nearly = jnp.array([[1.0, 0.999], [0.999, 1.0]], jnp.float32)
+    q = jnp.array([1.0, -1.0], jnp.float32)
+    assert QUIET.solve(nearly, q).result != dn.RESULTS.unbounded
+    convex = QUIET.solve(nearly.astype(jnp.float64), q.astype(jnp.float64))
+    tree_close(convex.value, jnp.array([-1.0, 1.0]) / (1 - nearly[0, 1].astype(jnp.float64)), 1e-9)
+    elastic = dn.QuadraticProgram(throw=False, elastic=True)
+    soft = elastic.solve(eye, q, A=jnp.ones((1, 2), jnp.float32), b=jnp.zeros(1, jnp.float32))
+    assert soft.result == dn.RESULTS.successful
+    tree_close(soft.value, jnp.array([-1.0, 1.0], jnp.float32), 1e-4)
+    flat = QUIET.solve(jnp.zeros(2), jnp.array([10.0, 0.0]))
+    assert flat.result == dn.RESULTS.unbounded
+    tree_close(flat.value, jnp.array([-0.1, 0.0]), 1e-12)
+
+
+def test_the_apex_of_a_cone():
+    G, q = jnp.array([[1.0, 0.3], [0.2, 1.0]]), jnp.array([-1.14, -1.0])
+    solution = QUIET.solve(jnp.eye(2), q, G=G, h=jnp.zeros(2))
+    assert solution.result == dn.RESULTS.successful
+    tree_close(solution.value, jnp.zeros(2), 1e-12)
+    tree_close(solution.dual.inequality, jnp.array([1.0, 0.7]), 1e-9)
 
 
 @pytest.mark.slow

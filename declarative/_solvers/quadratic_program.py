@@ -87,6 +87,8 @@ def scale(data: Data) -> Scaled:
     for side, sign in ((data.h, 1), (data.upper, 1), (data.lower, -1)):
         if side is not None:
             finite = finite & jnp.all(sign * side > -jnp.inf)  # False for NaN too
+    if data.soft_equations:
+        finite = finite & jnp.all(jnp.isfinite(data.h[: data.soft_equations]))
     d = jnp.ones(n, dtype)
     sizes = lambda matrix: 0 if matrix is None else matrix.shape[0]
     e_A, e_G, c = jnp.ones(sizes(A), dtype), jnp.ones(sizes(G), dtype), jnp.ones((), dtype)
@@ -240,6 +242,8 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
         force = rows_transposed(data.G, jnp.concatenate([rows] if mu is None else [rows, mu]), n)
         force = jnp.where(proof, 0, ipm.multiply(data.Q, z) + data.q) + force
         nu = -(force @ space.particular)
+    z, nu, rows = (jnp.where(crossed, 0, leaf) for leaf in (z, nu, rows))
+    mu = None if mu is None else jnp.where(crossed, 0, mu)
     code = jnp.where(crossed, ipm.INFEASIBLE, jnp.where(convex, out.code, INDEFINITE))
     code = jnp.where(scaled.finite, code, NONFINITE)
     return Found(z, nu, rows, mu, cost, code, out.steps)
@@ -257,20 +261,23 @@ def _without_inequalities(scaled: Scaled, blocks: Reduction) -> Found:
         P = ipm.add_matrix(P, data.G.T @ (weight[:, None] * data.G))
         g = g - (weight * data.h) @ data.G
     g = g if space is None else g @ space.basis
-    # The part of -g that P does not see, if there is one.
-    eps = float(jnp.finfo(dtype).eps)
-    root = factorise(ipm.add_constant(P, eps**0.4 * largest(P) + jnp.finfo(dtype).tiny))
+    # The part of -g that P does not see, if there is one. (Directions that it hardly sees pass too: `solve` looks again.)
+    eps, tiny = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).tiny) ** 0.5
+    g = g / jnp.maximum(largest(g), tiny)
+    damping = eps**0.4 * largest(blocks.P) + tiny
+    root = factorise(ipm.add_constant(P, damping))
     ray = -g
     for _ in range(2):
-        ray = (eps**0.4 * largest(P) + jnp.finfo(dtype).tiny) * root.solve(ray)
-    progress = -(g @ ray)
-    unseen = largest(ipm.multiply(P, ray)) <= eps**0.4 * largest(P) * largest(ray)
+        ray = damping * root.solve(ray)
+    unseen = largest(ipm.multiply(P, ray)) <= damping * largest(ray)
     unbounded = unseen & (largest(ray) > eps**0.4 * largest(g))
-    ray = ray / jnp.where(unbounded, progress, 1)
+    # q'z = -1 along the ray, which is that of all variables.
+    ray = ray if space is None else space.basis @ ray
+    ray = ray / jnp.where(unbounded, -(data.q @ ray), 1)
     code = jnp.where(unbounded, ipm.UNBOUNDED, ipm.OPTIMAL)
     code = jnp.where(is_semidefinite(P), code, INDEFINITE)
     code = jnp.where(scaled.finite, code, NONFINITE).astype(jnp.int32)
-    z = jnp.where(unbounded, ray if space is None else space.basis @ ray, z)
+    z = jnp.where(unbounded, ray, z)
     nu = jnp.zeros(0 if data.b is None else data.b.size, dtype)
     return Found(z, nu, jnp.zeros(m, dtype), None, jnp.ones((), dtype), code, jnp.zeros((), jnp.int32))
 
@@ -351,6 +358,9 @@ def polish(
         z = v[:n]
         finite = lambda leaf: 0.0 if leaf is None else jnp.where(jnp.isfinite(leaf), leaf, 0)
         lengths = [z] + [finite(leaf) for leaf in (data.b, data.h, data.lower, data.upper) if leaf is not None]
+        # At z = 0 with all sides 0 (the apex of a cone) only the multipliers say how large the program is.
+        lengths.append(cost * v[n + p :])
+        # Qz as it is, not |Q||z|: on the way along a ray everything is small beside that.
         forces = (data.q, ipm.multiply(data.Q, z), v[n:])
         small = jnp.finfo(dtype).tiny ** 0.5
         dual = largest(F[:n]) / jnp.maximum(largest(forces), small)
@@ -471,7 +481,10 @@ def polish(
         jnp.ones((), bool),
     )
     end = loop(lambda state: state.going, body, start, max_steps=_POLISH)
-    best = end.best
+    best, alpha, beta, root = end.best, end.alpha, end.beta, InverseRoot(end.root)
+    if not exact:
+        # The last step has moved the coefficients as well.
+        alpha, beta = coefficients(best, end.best_side)
     if exact:
         # A row is active if and only if its multiplier is not zero: `optimality` reads the set from the point.
         # (Multipliers of a fixed variable, or of an equation with compliance, may have any sign.)
@@ -493,7 +506,7 @@ def polish(
                 if bound is not None:
                     z = jnp.where(solved & (side == sign) & jnp.isfinite(bound), scaled.d * bound, z)
             best = best.at[:n].set(z)
-    return Polished(best, end.error, kkt_of(InverseRoot(end.root), end.alpha, end.beta), end.steps)
+    return Polished(best, end.error, kkt_of(root, alpha, beta), end.steps)
 
 
 class Answer(eqx.Module):
@@ -546,21 +559,19 @@ def solve(
     # A certificate keeps its own scale: h'lam + b'nu = -1, or q'z = -1, in natural units.
     vector = jnp.where(certified, vector * scaled.c, vector)
     polished = refine(jnp.where(certified, 0, vector), found.cost)
+    # A convex program with a point that satisfies its optimality conditions is not unbounded, whatever looks like a ray.
+    certified = certified & ~((found.code == ipm.UNBOUNDED) & (polished.error <= eps**0.5))
+    failed = certified | (found.code >= INDEFINITE)
     vector = jnp.where(certified, vector, polished.vector)
     error, kkt = polished.error, polished.kkt
     steps = found.steps + polished.steps
     if warm is not None:
-        pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(skip, a, b), a, b)
+        # A guess that solves the equations of a program that has failed (a saddle, crossed bounds) does not solve it.
+        pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(skip & ~failed, a, b), a, b)
         vector, kkt = pick(warm.vector, vector), pick(warm.kkt, kkt)
         error, steps = pick(warm.error, error), pick(warm.steps, steps)
-    failed = certified | (found.code >= INDEFINITE)
-    code = jnp.where(
-        failed & ~skip,
-        found.code,
-        jnp.where(
-            error <= eps**0.65, ipm.OPTIMAL, jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)
-        ),
-    )
+    unfinished = jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)
+    code = jnp.where(failed, found.code, jnp.where(error <= eps**0.65, ipm.OPTIMAL, unfinished))
     return Answer(vector, kkt, code, steps)
 
 

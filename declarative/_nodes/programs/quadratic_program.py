@@ -96,7 +96,8 @@ class QuadraticProgram(AbstractDeclarativeNode):
 
     - `gradient`: `"exact"`, or `"smoothed"`: the solution on the central path, where every product of a slack and its multiplier
       is `smoothing`, and the exact derivative of that. It is differentiable everywhere and biased: its objective lies above the
-      optimal one by at most `smoothing` times the number of inequalities and finite bounds.
+      optimal one by at most `smoothing` times the number of inequalities and finite bounds. It needs a point strictly inside of all
+      of these (no fixed variables), looks for no certificate (a program without one ends with `not_a_solution`), and takes no `y0`.
     - `smoothing`: that product, in units of the objective; a float or an array.
     - `elastic`: None, or a penalty weight $\rho$ in units of the objective per squared unit of constraint: equations and
       inequalities (not bounds) may be violated at a cost of $\tfrac\rho2\|\cdot\|^2$. Always feasible if the bounds are; the larger
@@ -189,7 +190,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
     def objective(self, y, x):
         if self.gradient == "smoothed":
             # Not the optimal value of a problem whose multipliers these are: no envelope.
-            return _cost(x, y.primal)
+            return _cost(x, y.primal) + self._penalty(y, x)
         return envelope(_lagrangian, y, (x, self._compliance(x)))
 
     def kink_distance(self, y, x):
@@ -198,7 +199,8 @@ class QuadraticProgram(AbstractDeclarativeNode):
         return _Conditions(self, x).kink_distance(y)
 
     def guess(self, x, y0):
-        return y0
+        # A guess that is not finite is no guess, and no fault of the data.
+        return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), y0)
 
     def run(self, x, y0, loop):
         return _solve(self, x, y0, loop)
@@ -207,6 +209,14 @@ class QuadraticProgram(AbstractDeclarativeNode):
         operator = KKTOperator(factor)
         solver = KKTSolver(lax_loop)
         return LinearSystem(operator, solver, operator)
+
+    def _penalty(self, y, x):
+        total = jnp.zeros((), x.q.dtype)
+        if y.equality is not None:
+            total = total + y.equality @ y.equality
+        if y.inequality is not None:
+            total = total + jnp.sum(jnp.where(jnp.isfinite(x.h), y.inequality, 0) ** 2)
+        return self._compliance(x) / 2 * total
 
     def _compliance(self, x) -> float:
         return 0.0 if self.elastic is None else 1 / self.elastic
@@ -219,10 +229,15 @@ def _pack(Q, q, A, b, G, h, lower, upper) -> QuadraticProgramData:
         return Q
     if q is None:
         raise ValueError("q is missing: qp(Q, q, A=..., b=..., G=..., h=..., lower=..., upper=...).")
-    blocks = [None if block is None else jnp.asarray(block) for block in (Q, q, A, b, G, h, lower, upper)]
-    # A number bounds every variable.
-    Q, q, A, b, G, h, lower, upper = blocks
-    spread = lambda bound: bound if bound is None or bound.ndim else jnp.broadcast_to(bound, q.shape)
+    Q, q, A, b, G, h = (None if block is None else jnp.asarray(block) for block in (Q, q, A, b, G, h))
+
+    def spread(bound):
+        """A number bounds every variable, and has no dtype of its own."""
+        if bound is None:
+            return None
+        bound = jnp.asarray(bound, q.dtype) if isinstance(bound, (int, float)) else jnp.asarray(bound)
+        return bound if bound.ndim else jnp.broadcast_to(bound, q.shape)
+
     return QuadraticProgramData(Q, q, A, b, G, h, spread(lower), spread(upper))
 
 
@@ -426,9 +441,13 @@ class _Conditions:
             parts.append(jnp.maximum(self._slack(y), self.w * y.inequality))
         if y.bound is not None:
             z, size = y.primal, jnp.abs(y.bound) / self.t
+            lower, upper = self._bounds(z)
+            fixed = lower == upper
             for side, sign in ((self.x.lower, -1), (self.x.upper, 1)):
                 if side is not None:
-                    parts.append(jnp.maximum(sign * (side - z), jnp.where(sign * y.bound > 0, size, 0)))
+                    apart = jnp.maximum(sign * (side - z), jnp.where(sign * y.bound > 0, size, 0))
+                    # A fixed variable is an equation, which has no kink.
+                    parts.append(jnp.where(fixed, jnp.inf, apart))
         return jnp.min(jnp.concatenate(parts), initial=jnp.inf) if parts else jnp.asarray(jnp.inf, y.primal.dtype)
 
 
@@ -447,7 +466,10 @@ _CODES = {
 def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None, loop: Callable) -> Run:
     conditions = _Conditions(node, x)
     elastic = node.elastic is not None
-    A, b, G, h, soft = x.A, x.b, x.G, x.h, 0
+    # A block without rows is an absent one.
+    A, b = (None, None) if x.A is None or x.A.shape[0] == 0 else (x.A, x.b)
+    G, h = (None, None) if x.G is None or x.G.shape[0] == 0 else (x.G, x.h)
+    soft = 0
     if elastic and A is not None:
         soft = b.size
         G, h = (A, b) if G is None else (jnp.concatenate([A, G]), jnp.concatenate([b, h]))
