@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config, items):
     deselected = [item for item in items if any(tier in item.keywords for tier in left_out)]
     if deselected:
         config.hook.pytest_deselected(items=deselected)
-        items[:] = [item for item in items if "full" not in item.keywords]
+        items[:] = [item for item in items if item not in deselected]
 
 
 @pytest.fixture(autouse=True, scope="module")
