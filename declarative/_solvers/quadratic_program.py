@@ -559,8 +559,12 @@ def solve(
     # A certificate keeps its own scale: h'lam + b'nu = -1, or q'z = -1, in natural units.
     vector = jnp.where(certified, vector * scaled.c, vector)
     polished = refine(jnp.where(certified, 0, vector), found.cost)
-    # A convex program with a point that satisfies its optimality conditions is not unbounded, whatever looks like a ray.
-    certified = certified & ~((found.code == ipm.UNBOUNDED) & (polished.error <= eps**0.5))
+    if not data.bounded and (data.G is None or data.G.shape[0] == data.soft_equations):
+        # Here a ray is a guess (`_without_inequalities`): a point of moderate size that satisfies the conditions refutes it.
+        z = polished.vector[: data.q.size] / scaled.d
+        moderate = largest(z) <= eps**-0.6 * jnp.maximum(largest(inner.q), eps)
+        refuted = (polished.error <= eps**0.5) & moderate
+        certified = certified & ~((found.code == ipm.UNBOUNDED) & refuted)
     failed = certified | (found.code >= INDEFINITE)
     vector = jnp.where(certified, vector, polished.vector)
     error, kkt = polished.error, polished.kkt
