@@ -10,12 +10,9 @@ diagonal of $U$ in their place, which turns their columns of $Y$ into the direct
 more columns than $n - p$ to take these in; columns that stay empty are padding.
 """
 
-from functools import partial
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .lanes import over_lanes
@@ -23,16 +20,15 @@ from .positive_definite import inverse_root
 
 
 class NullSpace(eqx.Module):
-    """`basis` N (n, k) and `particular` Y (n, p).
+    """`basis` N (n, k) and `particular` Y (n, p), with zero columns for the equations that are dropped.
 
-    `free` (k,) marks the columns of N that are not padding, `kept` (p,) the equations that are not dropped; `complete` is False
-    where there were more to drop than N has room for.
+    `free` (k,) marks the columns of N that are not padding; `complete` is False where there were more equations to drop than N has
+    room for.
     """
 
     basis: Float[Array, "n k"]
     particular: Float[Array, "n p"]
     free: Bool[Array, " k"]
-    kept: Bool[Array, " p"]
     complete: Bool[Array, ""]
 
 
@@ -42,7 +38,6 @@ def null_space(matrix: Float[Array, "p n"], spare: int) -> NullSpace:
     return NullSpace(*(_by_svd(matrix) if p >= n else _eliminate(min(spare, p), matrix)))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _eliminate(spare, matrix):
     p, n = matrix.shape
     packed, order, kept = _lu(matrix)
@@ -60,30 +55,19 @@ def _eliminate(spare, matrix):
     extra = jnp.where(taken[None, :], jnp.concatenate([top, bottom])[:, first], 0)
     extra = extra @ inverse_root(extra.T @ extra + jnp.diag((~taken).astype(matrix.dtype))).T
     particular = jnp.where(kept[None, :], jnp.concatenate([top, bottom]), 0)
-    # (What is left of them in Y is taken out by the caller's N: A Y = I on the kept equations either way.)
     columns = jnp.concatenate([jnp.concatenate([pivots, free]), extra, particular], axis=1)[jnp.argsort(order)]
     k = n - p + spare
     marks = jnp.concatenate([jnp.ones(n - p, bool), taken])
-    return columns[:, :k], columns[:, k:], marks, kept, jnp.sum(~kept) <= spare
-
-
-@_eliminate.defjvp
-def _(spare, primals, tangents):
-    # Any N and Y with A N = 0 and A Y = I will do, so these derivatives need only keep those two equations.
-    (matrix,), (t_matrix,) = primals, tangents
-    basis, particular, *marks = _eliminate(spare, matrix)
-    moved = particular @ t_matrix
-    still = [np.zeros(mark.shape, jax.dtypes.float0) for mark in marks]
-    return (basis, particular, *marks), (-moved @ basis, -moved @ particular, *still)
+    return columns[:, :k], columns[:, k:], marks, jnp.sum(~kept) <= spare
 
 
 def _by_svd(matrix):
-    p, n = matrix.shape
+    n = matrix.shape[1]
     left, values, right = _svd(matrix)
     in_range = values > _rank_tolerance(matrix) * jnp.max(values, initial=0)
     inverses = jnp.where(in_range, 1 / jnp.where(in_range, values, 1), 0)
     particular = (right.T * inverses[None, :]) @ left[:, :n].T
-    return jnp.where(in_range[None, :], 0, right.T), particular, ~in_range, jnp.ones(p, bool), jnp.ones((), bool)
+    return jnp.where(in_range[None, :], 0, right.T), particular, ~in_range, jnp.ones((), bool)
 
 
 def _rank_tolerance(matrix):

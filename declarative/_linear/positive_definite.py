@@ -1,4 +1,4 @@
-r"""Factors of symmetric positive definite matrices, safe to `vmap` on CPU and to differentiate.
+r"""Factors of symmetric positive definite matrices, safe to `vmap` on CPU.
 
 $H^{-1} = W^\top W$ with $W$ the inverse of the Cholesky factor of $H$, so a solve is two products: where a factor serves a dozen
 right-hand sides, as in an interior-point step and its gradient, products beat triangular solves under `vmap`. The matrix is scaled
@@ -27,26 +27,17 @@ class InverseRoot(eqx.Module):
         # (vector' W')W and not W'(W vector): no transposed copy of W.
         return (self.root @ vector) @ self.root
 
-    @property
-    def ok(self) -> Bool[Array, ""]:
-        """Whether the matrix was positive definite (after its shift)."""
-        return jnp.all(jnp.isfinite(self.root))
 
-
-def default_shift(n: int, dtype) -> float:
-    """A few roundings of a matrix with unit diagonal: what Cholesky itself may lose."""
-    return 8 * (n + 8) * float(jnp.finfo(dtype).eps)
-
-
-def factorise(matrix: Float[Array, "n n"] | Float[Array, " n"], shift: float | None = None) -> InverseRoot:
-    """The inverse root of a symmetric matrix plus `shift` times its diagonal; NaN if that is not positive definite.
+def factorise(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> InverseRoot:
+    """The inverse root of a symmetric matrix plus a few roundings of its diagonal; NaN if that is not positive definite.
 
     A vector is a diagonal matrix. A diagonal entry that is zero counts as 1: the direction is unknown to the matrix.
     """
     n = matrix.shape[0]
-    shift = default_shift(n, matrix.dtype) if shift is None else shift
+    # What Cholesky itself may lose of a matrix with unit diagonal.
+    shift = 8 * (n + 8) * float(jnp.finfo(matrix.dtype).eps)
     diagonal = matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
-    scale = jax.lax.stop_gradient(jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1))
+    scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
     if matrix.ndim == 1:
         shifted = diagonal * scale**2 + shift
         return InverseRoot(jnp.where(shifted > 0, scale * jax.lax.rsqrt(jnp.where(shifted > 0, shifted, 1)), jnp.nan))
@@ -54,24 +45,9 @@ def factorise(matrix: Float[Array, "n n"] | Float[Array, " n"], shift: float | N
     return InverseRoot(inverse_root(scaled) * scale[None, :])
 
 
-@jax.custom_jvp
-def inverse_root(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """W lower triangular with W'W = matrix^-1; NaN if the matrix is not positive definite."""
-    return _inverse_root(matrix)
-
-
-@inverse_root.defjvp
-def _(primals, tangents):
-    (matrix,), (t_matrix,) = primals, tangents
-    root = inverse_root(matrix)
-    # W H W' = I: dW = -phi(W dH W') W, phi the lower triangle with half of the diagonal.
-    inner = jnp.tril(root @ t_matrix @ root.T)
-    inner = inner - jnp.diag(jnp.diagonal(inner)) / 2
-    return root, -inner @ root
-
-
 @over_lanes
-def _inverse_root(matrix):
+def inverse_root(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """W lower triangular with W'W = matrix^-1; NaN if the matrix is not positive definite. Not differentiated: see `lanes.py`."""
     return _blocked(matrix)
 
 
@@ -94,7 +70,6 @@ def is_semidefinite(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Bool[Ar
     """Whether no eigenvalue lies below zero, to about half the digits of a matrix scaled to a unit diagonal."""
     if matrix.ndim == 1:
         return jnp.all(matrix >= 0)
-    matrix = jax.lax.stop_gradient(matrix)
     diagonal = jnp.diagonal(matrix)
     scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
     shift = float(jnp.finfo(matrix.dtype).eps) ** 0.6

@@ -310,8 +310,7 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         code = jnp.where(solved, OPTIMAL, -1)
     else:
         worth = jnp.maximum(jnp.abs(at.w @ at.Pw) / at.tau, jnp.maximum(jnp.abs(g @ at.w), jnp.abs(f @ at.lam)))
-        # Complementarity against the size of the objective, and entry by entry against the sizes of s and lambda: a small objective
-        # in one and large numbers that cancel in the other.
+        # Complementarity against the size of the objective.
         gap = jnp.sum(product) / at.tau / jnp.maximum(worth, at.tau)
         error = jnp.maximum(jnp.maximum(primal, dual), gap)
         solved = (primal <= loose) & (dual <= loose) & (gap <= tight)

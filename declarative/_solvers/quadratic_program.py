@@ -1,7 +1,7 @@
 r"""From the data of a quadratic program to its solution and the factor of its optimality conditions: the steps around
 `interior_point.py`.
 
-1. *Scale* rows and columns by powers of two (Ruiz 2001; rows exactly, columns by square roots), and the objective.
+1. *Scale* rows and columns by powers of two (in the manner of Ruiz 2001: rows of A and G, then columns, by their largest entry), and the objective.
 2. *Eliminate* the equations (`_linear/null_space.py`), so that the iteration works on n - p variables and inequalities only.
 3. *Iterate*: the interior-point method.
 4. *Polish*: Newton on the optimality conditions themselves with the active set that the iteration ended with, and a change of the
@@ -385,7 +385,7 @@ def polish(
         parts = []
         if m:
             # Unscaled slack times its scale: h may be infinite.
-            s = data.h - data.G @ z + cost_free_compliance * v[n + p : n + p + m]
+            s = data.h - data.G @ z + compliance * v[n + p : n + p + m]
             row = lam[:m]
             side = (row > s).astype(jnp.int32)
             tie = (jnp.abs(row) <= near) & (jnp.abs(s) <= near)
@@ -405,7 +405,7 @@ def polish(
             parts.append(side.astype(jnp.int32))
         return jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.int32)
 
-    cost_free_compliance = data.compliance * scaled.e_G**2 / scaled.c if m else jnp.zeros(0, dtype)
+    compliance = data.compliance * scaled.e_G**2 / scaled.c if m else jnp.zeros(0, dtype)
 
     def body(state):
         side = side_of(state.vector, state.side)
@@ -454,7 +454,7 @@ def polish(
             parts.append(data.A @ z - data.b)
         if m:
             h = jnp.where(jnp.isfinite(data.h), data.h, 0)
-            parts.append(jnp.where(side[:m] == 1, data.G @ z - h - cost_free_compliance * lam[:m], 0))
+            parts.append(jnp.where(side[:m] == 1, data.G @ z - h - compliance * lam[:m], 0))
         if data.bounded:
             at = jnp.where(
                 side[m:] == 1,

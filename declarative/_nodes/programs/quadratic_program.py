@@ -167,6 +167,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
             max_steps = _MAX_STEPS
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
+    # Blocks by name instead of one pytree `x`: hence the two markers.
     def __call__(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, _pack(Q, q, A, b, G, h, lower, upper), y0)
 
