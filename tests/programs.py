@@ -3,6 +3,7 @@
 import itertools
 
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 
 import declarative as dn
@@ -32,6 +33,13 @@ def with_blocks(x: dn.QuadraticProgramData, **changes) -> dn.QuadraticProgramDat
     return dn.QuadraticProgramData(
         **{**{name: getattr(x, name) for name in ("Q", "q", "A", "b", "G", "h", "lower", "upper")}, **changes}
     )
+
+
+def as_operators(x: dn.QuadraticProgramData) -> dn.QuadraticProgramData:
+    """The same program with its matrices as lineax operators."""
+    matrices = {name: getattr(x, name) for name in ("Q", "A", "G")}
+    operators = {name: lx.MatrixLinearOperator(block) for name, block in matrices.items() if block is not None}
+    return with_blocks(x, **operators)
 
 
 def blocks(x: dn.QuadraticProgramData):

@@ -2,7 +2,7 @@
 
 # An absent block is None. Which blocks are there is fixed where the program is built; to prove it again at every use would hide the maths.
 # pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 
 import functools
 
@@ -16,7 +16,7 @@ import declarative as dn
 
 from . import hostile
 from .helpers import tree_close
-from .programs import by_enumeration, gradients, program, worst_violation
+from .programs import as_operators, by_enumeration, gradients, program, worst_violation
 
 QUIET = dn.QuadraticProgram(throw=False)
 
@@ -27,6 +27,8 @@ def compiled(kind: str, **fields):
     node = dn.QuadraticProgram(throw=False, **fields)
     if kind == "solve":
         return jax.jit(jax.vmap(lambda x: node.solve(x)))
+    if kind == "solve by operators":
+        return jax.jit(jax.vmap(lambda x: node.solve(as_operators(x))))
     if kind == "vjp":
         return jax.jit(jax.vmap(lambda x, c: jax.vjp(lambda x: node(x), x)[1](c)[0]))
     raise KeyError(kind)
@@ -257,7 +259,7 @@ STATUS = (
 CERTIFIED = {"solvable": "successful", "infeasible": "infeasible", "unbounded": "unbounded", "indefinite": "indefinite"}
 
 
-def hostile_run(shapes, seeds, dtype=jnp.float64, tol=1e-6):
+def hostile_run(shapes, seeds, dtype=jnp.float64, tol=1e-6, operators=False):
     """(wrong answers, {truth: (answered, asked)}) over all families; hard families may be flagged, never wrong."""
     names = {int(getattr(dn.RESULTS, name)._value): name for name in STATUS}
     wrong, tally = [], {}
@@ -266,7 +268,7 @@ def hostile_run(shapes, seeds, dtype=jnp.float64, tol=1e-6):
         stack = lambda name, families=families: jnp.asarray(np.stack([getattr(f, name) for f in families]), dtype)
         equations = {"A": stack("A"), "b": stack("b")} if p else {}
         x = dn.QuadraticProgramData(stack("Q"), stack("q"), G=stack("G"), h=stack("h"), **equations)
-        solution = compiled("solve")(x)
+        solution = compiled("solve by operators" if operators else "solve")(x)
         for i, f in enumerate(families):
             status = names.get(int(solution.result._value[i]), "other")
             z = np.asarray(solution.value[i], np.float64)

@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from .lanes import over_lanes
+from .scaling import power_of_two
 
 
 class DenseState(eqx.Module):
@@ -38,8 +39,8 @@ class Dense(lx.AbstractLinearSolver):
             raise ValueError(f"the operator must be square, got {operator.out_size()} x {operator.in_size()}.")
         structures = tuple(_hashable(tree) for tree in (operator.in_structure(), operator.out_structure()))
         matrix = operator.as_matrix()
-        rows = _scale(jnp.max(jnp.abs(matrix), axis=1, initial=0))[:, None]
-        columns = _scale(jnp.max(jnp.abs(rows * matrix), axis=0, initial=0))[None, :]
+        rows = power_of_two(jnp.max(jnp.abs(matrix), axis=1, initial=0))[:, None]
+        columns = power_of_two(jnp.max(jnp.abs(rows * matrix), axis=0, initial=0))[None, :]
         inverse, pivots = _invert(rows * matrix * columns)
         return DenseState(matrix, columns.T * inverse * rows.T, pivots, structures, False)
 
@@ -74,12 +75,6 @@ def _unravel(flat, structure):
     leaves, treedef = structure
     zeros = jtu.tree_unflatten(treedef, [jnp.zeros(shape, dtype) for shape, dtype in leaves])
     return ravel_pytree(zeros)[1](flat)
-
-
-def _scale(largest):
-    # Powers of two, so that equilibration costs no rounding. Zero and non-finite rows are left to the pivot test.
-    _, exponent = jnp.frexp(jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1))
-    return jnp.ldexp(jnp.ones_like(largest), -exponent)
 
 
 def _lu_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float[Array, " n"]]:

@@ -14,6 +14,7 @@ do, it does not converge, and LU of (J) takes over, in those lanes only.
 Everything is held scaled: rows by `row_scale`, columns by `column_scale`, both powers of two.
 """
 
+import abc
 from collections.abc import Callable
 
 import equinox as eqx
@@ -91,7 +92,26 @@ def reduction(Q, G, space: NullSpace | None) -> Reduction:
     return Reduction(P, None if G is None else G @ basis, space)
 
 
-class KKT(eqx.Module):
+class AbstractKKT(eqx.Module):
+    """(J) with a way to solve with it, in unscaled coordinates."""
+
+    row_scale: eqx.AbstractVar[Float[Array, " size"]]
+
+    @abc.abstractmethod
+    def multiply(self, vector: Float[Array, " size"], transposed: bool = False) -> Float[Array, " size"]:
+        """J vector, or its transpose."""
+
+    @abc.abstractmethod
+    def solve(
+        self, vector: Float[Array, " size"], loop: Callable, transposed: bool = False, floor: float | Array = 0.0
+    ) -> Float[Array, " size"]:
+        """J^-1 vector, or its transpose; refined until the residual stops falling.
+
+        `floor`: the (scaled) size of what the result will be added to; digits below its rounding are not sought.
+        """
+
+
+class KKT(AbstractKKT):
     """(J), scaled, with its factor. `alpha`, `beta` run over the rows of G, then over the bounds where there are any."""
 
     Q: Float[Array, "n n"] | Float[Array, " n"]
@@ -107,10 +127,6 @@ class KKT(eqx.Module):
     def solve(
         self, vector: Float[Array, " size"], loop: Callable, transposed: bool = False, floor: float | Array = 0.0
     ) -> Float[Array, " size"]:
-        """J^-1 vector, or its transpose, in unscaled coordinates; refined until the residual stops falling.
-
-        `floor`: the (scaled) size of what the result will be added to; digits below its rounding are not sought.
-        """
         into, out_of = self.row_scale, self.column_scale
         if transposed:
             into, out_of = out_of, into
@@ -120,7 +136,6 @@ class KKT(eqx.Module):
         return out_of * jnp.where(jnp.all(jnp.isfinite(b)), x, jnp.nan)
 
     def multiply(self, vector: Float[Array, " size"], transposed: bool = False) -> Float[Array, " size"]:
-        """J vector, or its transpose, in unscaled coordinates."""
         into, out_of = self.column_scale, self.row_scale
         if transposed:
             into, out_of = out_of, into
@@ -199,7 +214,7 @@ class KKT(eqx.Module):
         return jnp.concatenate([z, force @ space.particular, lam])
 
 
-def refine(b, multiply: Callable, precondition: Callable, loop: Callable, floor):
+def refine(b, multiply: Callable, precondition: Callable, loop: Callable, floor, sweeps: int = _SWEEPS):
     """Iterative refinement: x with multiply(x) = b, as long as a sweep at least halves the residual; x, residual, its rounding."""
     eps = float(jnp.finfo(b.dtype).eps)
     size = jnp.maximum(jnp.max(jnp.abs(b), initial=0), floor)
@@ -216,7 +231,7 @@ def refine(b, multiply: Callable, precondition: Callable, loop: Callable, floor)
         return x, r, jnp.where(better, new_error, error), (new_error < 0.5 * error) & (new_error > rounding)
 
     start = (jnp.zeros_like(b), b, jnp.max(jnp.abs(b), initial=0), jnp.any(b != 0))
-    x, _, error, _ = loop(lambda carry: carry[3], body, start, max_steps=_SWEEPS)
+    x, _, error, _ = loop(lambda carry: carry[3], body, start, max_steps=sweeps)
     return x, error, 8 * eps * jnp.maximum(size, jnp.max(jnp.abs(x), initial=0))
 
 
@@ -234,7 +249,7 @@ def soften(alpha, beta):
 class KKTOperator(lx.AbstractLinearOperator):
     """(J) or its transpose as lineax sees it."""
 
-    kkt: KKT
+    kkt: AbstractKKT
     transposed: bool = eqx.field(static=True, default=False)
 
     def mv(self, vector):

@@ -33,6 +33,7 @@ from .._linear.lanes import where_needed
 from .._linear.positive_definite import InverseRoot, factorise
 
 OPTIMAL, INFEASIBLE, UNBOUNDED, STALLED, OUT_OF_STEPS = range(5)
+INDEFINITE, NONFINITE, DEPENDENT = 10, 11, 12  # seen before the iteration
 
 _BACKOFF = 0.99  # of the step to the boundary
 _STALL = 12  # steps without a new best residual before giving up

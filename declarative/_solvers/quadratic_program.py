@@ -24,9 +24,8 @@ from .._core.implicit import largest
 from .._linear.kkt import KKT, Reduction, reduction, rows_transposed, soften
 from .._linear.null_space import NullSpace, null_space
 from .._linear.positive_definite import InverseRoot, factorise, is_semidefinite
+from .._linear.scaling import power_of_two
 from . import interior_point as ipm
-
-INDEFINITE, NONFINITE, DEPENDENT = 10, 11, 12  # beside the codes of interior_point.py
 
 _EQUILIBRATIONS = 2
 _POLISH = 8
@@ -69,14 +68,6 @@ class Scaled(eqx.Module):
     def column_scale(self):
         bound = [1 / (self.c * self.d)] if self.data.bounded else []
         return jnp.concatenate([self.d, self.e_A / self.c, self.e_G / self.c, *bound])
-
-
-def power_of_two(x):
-    """The inverse of x, rounded to a power of two; 1 for 0."""
-    usable = (x > 0) & jnp.isfinite(x)
-    _, exponent = jnp.frexp(jnp.where(usable, x, 1))
-    exponent = jnp.clip(exponent, -200 if x.dtype == jnp.float64 else -40, 200 if x.dtype == jnp.float64 else 40)
-    return jnp.where(usable, jnp.ldexp(jnp.ones_like(x), 1 - exponent), 1)
 
 
 def scale(data: Data) -> Scaled:
@@ -244,8 +235,8 @@ def iterate(scaled: Scaled, blocks: Reduction, max_steps: int, loop: Callable, t
         nu = -(force @ space.particular)
     z, nu, rows = (jnp.where(crossed, 0, leaf) for leaf in (z, nu, rows))
     mu = None if mu is None else jnp.where(crossed, 0, mu)
-    code = jnp.where(crossed, ipm.INFEASIBLE, jnp.where(convex, out.code, INDEFINITE))
-    code = jnp.where(scaled.finite, code, NONFINITE)
+    code = jnp.where(crossed, ipm.INFEASIBLE, jnp.where(convex, out.code, ipm.INDEFINITE))
+    code = jnp.where(scaled.finite, code, ipm.NONFINITE)
     return Found(z, nu, rows, mu, cost, code, out.steps)
 
 
@@ -275,8 +266,8 @@ def _without_inequalities(scaled: Scaled, blocks: Reduction) -> Found:
     ray = ray if space is None else space.basis @ ray
     ray = ray / jnp.where(unbounded, -(data.q @ ray), 1)
     code = jnp.where(unbounded, ipm.UNBOUNDED, ipm.OPTIMAL)
-    code = jnp.where(is_semidefinite(P), code, INDEFINITE)
-    code = jnp.where(scaled.finite, code, NONFINITE).astype(jnp.int32)
+    code = jnp.where(is_semidefinite(P), code, ipm.INDEFINITE)
+    code = jnp.where(scaled.finite, code, ipm.NONFINITE).astype(jnp.int32)
     z = jnp.where(unbounded, ray, z)
     nu = jnp.zeros(0 if data.b is None else data.b.size, dtype)
     return Found(z, nu, jnp.zeros(m, dtype), None, jnp.ones((), dtype), code, jnp.zeros((), jnp.int32))
@@ -301,8 +292,8 @@ def _separable(scaled: Scaled) -> Found:
     mu = jnp.where(infeasible, 0, -(Q * z + q))
     code = jnp.where(unbounded, ipm.UNBOUNDED, ipm.OPTIMAL)
     code = jnp.where(infeasible, ipm.INFEASIBLE, code)
-    code = jnp.where(jnp.all(Q >= 0), code, INDEFINITE)
-    code = jnp.where(scaled.finite, code, NONFINITE).astype(jnp.int32)
+    code = jnp.where(jnp.all(Q >= 0), code, ipm.INDEFINITE)
+    code = jnp.where(scaled.finite, code, ipm.NONFINITE).astype(jnp.int32)
     empty = jnp.zeros(0, q.dtype)
     return Found(z, empty, empty, mu, jnp.ones((), q.dtype), code, jnp.zeros((), jnp.int32))
 
@@ -565,7 +556,7 @@ def solve(
         moderate = largest(z) <= eps**-0.6 * jnp.maximum(largest(inner.q), eps)
         refuted = (polished.error <= eps**0.5) & moderate
         certified = certified & ~((found.code == ipm.UNBOUNDED) & refuted)
-    failed = certified | (found.code >= INDEFINITE)
+    failed = certified | (found.code >= ipm.INDEFINITE)
     vector = jnp.where(certified, vector, polished.vector)
     error, kkt = polished.error, polished.kkt
     steps = found.steps + polished.steps
@@ -592,6 +583,6 @@ def _consistent(data: Data, space: NullSpace, found: Found) -> Found:
     combination = unit.astype(gap.dtype) - data.A[worst] @ space.particular
     nu = jnp.where(bad, -combination / jnp.where(bad, gap[worst], 1), found.nu)
     zero = lambda leaf: None if leaf is None else jnp.where(bad, 0, leaf)
-    code = jnp.where(bad & (found.code != NONFINITE), ipm.INFEASIBLE, found.code)
-    code = jnp.where(space.complete, code, DEPENDENT)
+    code = jnp.where(bad & (found.code != ipm.NONFINITE), ipm.INFEASIBLE, found.code)
+    code = jnp.where(space.complete, code, ipm.DEPENDENT)
     return Found(zero(found.z), nu, zero(found.lam), zero(found.mu), found.cost, code, found.steps)

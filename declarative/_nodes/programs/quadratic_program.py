@@ -8,6 +8,7 @@ r"""Quadratic program as a layer (OptNet), with exact or smoothed gradients, dua
 **Solver.**      Equilibration by powers of two; elimination of (K2); the interior-point method of `_solvers/interior_point.py`; then
                  Newton on (K1)-(K4) with the active set that it found, which is exact to rounding if the set is right, and
                  changes the set if it is not. Its factor is kept for the gradient.
+                 If $Q$, $A$ or $G$ is an operator: the splitting method of `_solvers/splitting.py`, products only, and the same last step.
 **Gradient.**    Implicit function theorem on (K1)-(K4): the KKT system of the active set, for every datum and through every output.
                  Not differentiable where a constraint is weakly active ($s_i = \lambda_i = 0$): the derivative returned is then one-sided,
                  with the constraint active exactly if its computed multiplier is positive; `kink_distance` is
@@ -28,7 +29,7 @@ Mehrotra 1992; Goulart & Chen 2024, arXiv:2405.12762; Stellato et al. 2020, arXi
 
 # An absent block is None. Which blocks are there is fixed where the program is built; to prove it again at every use would hide the maths.
 # pyright: reportOptionalMemberAccess=false, reportOptionalOperand=false, reportOptionalSubscript=false
-# pyright: reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportAttributeAccessIssue=false
 
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -37,6 +38,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
+from jax.experimental.sparse import JAXSparse
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
@@ -45,8 +47,11 @@ from ..._core.implicit import LinearSystem, Run, largest
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.kkt import KKTOperator, KKTSolver
+from ..._linear.matrix_free import row_norms
+from ..._linear.operators import Block, as_operator, is_operator, mv, symmetric_mv, vm
 from ..._solvers import interior_point as ipm
 from ..._solvers import quadratic_program as algorithm
+from ..._solvers import splitting
 
 _MAX_STEPS = 100
 
@@ -54,11 +59,11 @@ _MAX_STEPS = 100
 class QuadraticProgramData(eqx.Module):
     """The data of one quadratic program; a block that is None is absent. Shapes: the table above; checked where they are used."""
 
-    Q: Float[Array, "..."]
+    Q: Block
     q: Float[Array, "..."]
-    A: Float[Array, "..."] | None = None
+    A: Block | None = None
     b: Float[Array, "..."] | None = None
-    G: Float[Array, "..."] | None = None
+    G: Block | None = None
     h: Float[Array, "..."] | None = None
     lower: Float[Array, "..."] | None = None
     upper: Float[Array, "..."] | None = None
@@ -105,9 +110,14 @@ class QuadraticProgram(AbstractDeclarativeNode):
     - `dependent_equations`: how many rows of `A` may depend on the others (consistently: they are then dropped, with multiplier 0).
       None: a sixteenth of them, and one. Where there are more, the solve ends with `dependent_equations`. Each costs as much as a variable.
     - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`, with the factor of the last Newton step. Adjoints that unroll raise.
-    - `throw`, `on_failure`, `max_steps` (of the interior-point method; 100): see `Policy`.
+    - `throw`, `on_failure`, `max_steps` (of the interior-point method, or rounds of 25 iterations where there are operators; 100):
+      see `Policy`.
 
     **Shapes and dtypes:** `Q` is `(n, n)`, of which the symmetric part counts, or `(n,)`, a diagonal; float32 or float64.
+    **Large programs:** `Q`, `A`, `G` may be `lineax` operators from vectors to vectors, or sparse matrices of `jax.experimental.sparse`; if
+    one of them is, only products with them are taken, forward and backward. Arrays inside of them have gradients. Q must then be
+    positive semidefinite on all of R^n (looked at with a few products, unless it is tagged so), and `gradient` must be `"exact"`.
+    Build a `FunctionLinearOperator` under `jit`, or once: each new one is a new function to compile.
     **Failures:** `infeasible`: `dual` then proves it, $A^\top\nu + G^\top\lambda + \mu = 0$ with
     $b^\top\nu + h^\top\lambda + u^\top\mu^+ - l^\top\mu^- = -1$ (bounds that cross need no proof, and get none); `unbounded`: `value` is
     then a ray along which the objective falls for ever, $q^\top z = -1$; `indefinite`: Q is not positive semidefinite on the null
@@ -185,7 +195,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
         return y.primal
 
     def dual(self, y, x):
-        slack = None if x.G is None else x.h - x.G @ y.primal
+        slack = None if x.G is None else x.h - mv(x.G, y.primal)
         return Multipliers(y.equality, y.inequality, y.bound, slack)
 
     def objective(self, y, x):
@@ -207,6 +217,8 @@ class QuadraticProgram(AbstractDeclarativeNode):
         return _solve(self, x, y0, loop)
 
     def linear_system(self, y, x, factor):
+        if is_operator(x.Q):
+            factor = factor.with_operators(x.Q, *_general(x))
         operator = KKTOperator(factor)
         solver = KKTSolver(lax_loop)
         return LinearSystem(operator, solver, operator)
@@ -230,7 +242,10 @@ def _pack(Q, q, A, b, G, h, lower, upper) -> QuadraticProgramData:
         return Q
     if q is None:
         raise ValueError("q is missing: qp(Q, q, A=..., b=..., G=..., h=..., lower=..., upper=...).")
-    Q, q, A, b, G, h = (None if block is None else jnp.asarray(block) for block in (Q, q, A, b, G, h))
+    q, b, h = (None if block is None else jnp.asarray(block) for block in (q, b, h))
+    sparse = lambda block: is_operator(block) or isinstance(block, JAXSparse)
+    convert = as_operator if any(sparse(block) for block in (Q, A, G)) else jnp.asarray
+    Q, A, G = (None if block is None else convert(block) for block in (Q, A, G))
 
     def spread(bound):
         """A number bounds every variable, and has no dtype of its own."""
@@ -240,6 +255,15 @@ def _pack(Q, q, A, b, G, h, lower, upper) -> QuadraticProgramData:
         return bound if bound.ndim else jnp.broadcast_to(bound, q.shape)
 
     return QuadraticProgramData(Q, q, A, b, G, h, spread(lower), spread(upper))
+
+
+def _shape(block, name: str) -> tuple[int, ...]:
+    if not is_operator(block):
+        return block.shape
+    structures = block.out_structure(), block.in_structure()
+    if any(not isinstance(s, jax.ShapeDtypeStruct) or len(s.shape) != 1 for s in structures):
+        raise ValueError(f"the operator {name} must map vectors to vectors, got {structures[1]} -> {structures[0]}.")
+    return (*structures[0].shape, *structures[1].shape)
 
 
 def _check(x: QuadraticProgramData):
@@ -255,35 +279,30 @@ def _check(x: QuadraticProgramData):
             raise ValueError(f"{name} and {partner} come together: got {'no ' if matrix is None else ''}{name}.")
         if matrix is None:
             continue
-        if matrix.ndim != 2 or matrix.shape[1] != n:
+        shape = _shape(matrix, name)
+        if len(shape) != 2 or shape[1] != n:
+            raise ValueError(f"{name} must be a matrix with {n} columns, one for each entry of q, got {list(shape)}.")
+        if vector.shape != shape[:1]:
             raise ValueError(
-                f"{name} must be a matrix with {n} columns, one for each entry of q, got {describe(matrix)}."
+                f"{partner} must have one entry for each row of {name}, {shape[0]}, got {describe(vector)}."
             )
-        if vector.shape != matrix.shape[:1]:
-            raise ValueError(
-                f"{partner} must have one entry for each row of {name}, {matrix.shape[0]}, got {describe(vector)}."
-            )
-    if x.Q.shape not in ((n, n), (n,)):
-        raise ValueError(f"Q must be ({n}, {n}), or ({n},) for a diagonal, got {describe(x.Q)}.")
+    if _shape(x.Q, "Q") not in ((n, n), (n,)):
+        raise ValueError(f"Q must be ({n}, {n}), or ({n},) for a diagonal, got {list(_shape(x.Q, 'Q'))}.")
     for name in ("lower", "upper"):
         bound = getattr(x, name)
         if bound is not None and bound.shape != (n,):
             raise ValueError(
                 f"{name} must have one entry for each entry of q, {n}, or be a number, got {describe(bound)}."
             )
-    dtypes = {name: leaf.dtype for name, leaf in vars(x).items() if leaf is not None}
+    dtype_of = lambda block: block.out_structure().dtype if is_operator(block) else block.dtype
+    dtypes = {name: dtype_of(block) for name, block in vars(x).items() if block is not None}
     if any(not jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes.values()) or len(set(dtypes.values())) > 1:
         listed = ", ".join(f"{name} {jnp.dtype(dtype).name}" for name, dtype in dtypes.items())
         raise ValueError(f"all blocks must have one floating dtype, got {listed}. Cast them with .astype.")
 
 
-def _times(Q, z):
-    # The symmetric part of Q is what the objective sees.
-    return Q * z if Q.ndim == 1 else (Q @ z + z @ Q) / 2
-
-
 def _cost(x, z):
-    return z @ _times(x.Q, z) / 2 + x.q @ z
+    return z @ symmetric_mv(x.Q, z) / 2 + x.q @ z
 
 
 def _lagrangian(y: KKTPoint, bound):
@@ -291,9 +310,9 @@ def _lagrangian(y: KKTPoint, bound):
     z = y.primal
     total = _cost(x, z)
     if x.A is not None:
-        total = total + y.equality @ (x.A @ z - x.b) - compliance / 2 * (y.equality @ y.equality)
+        total = total + y.equality @ (mv(x.A, z) - x.b) - compliance / 2 * (y.equality @ y.equality)
     if x.G is not None:
-        s = jnp.where(jnp.isfinite(x.h), x.h, 0) - x.G @ z
+        s = jnp.where(jnp.isfinite(x.h), x.h, 0) - mv(x.G, z)
         total = (
             total - jnp.where(jnp.isfinite(x.h), y.inequality, 0) @ s - compliance / 2 * (y.inequality @ y.inequality)
         )
@@ -312,22 +331,26 @@ class _Conditions:
         self.compliance = node._compliance(x)
         dtype = x.q.dtype
         self.barrier = None if node.gradient == "exact" else jnp.asarray(node.smoothing, dtype)
-        diagonal = jnp.abs(x.Q if x.Q.ndim == 1 else jnp.diagonal(x.Q))
+        if is_operator(x.Q):
+            diagonal = row_norms(lambda z: symmetric_mv(x.Q, z), x.q.size, dtype)
+        else:
+            diagonal = jnp.abs(x.Q if x.Q.ndim == 1 else jnp.diagonal(x.Q))
         size = jax.lax.stop_gradient(jnp.max(diagonal))
         self.t = jnp.where((size > 0) & jnp.isfinite(size), size, 1)
         if x.G is not None:
-            norms = jax.lax.stop_gradient(jnp.sum(x.G**2, axis=1))
+            squares = row_norms(x.G.mv, x.q.size, dtype) ** 2 if is_operator(x.G) else jnp.sum(x.G**2, axis=1)
+            norms = jax.lax.stop_gradient(squares)
             self.w = jnp.where((norms > 0) & jnp.isfinite(norms), norms, 1) / self.t
 
     def residual(self, y: KKTPoint) -> KKTPoint:
         x, z = self.x, y.primal
-        first = _times(x.Q, z) + x.q
+        first = symmetric_mv(x.Q, z) + x.q
         second = third = fourth = None
         if x.A is not None:
-            first = first + y.equality @ x.A
-            second = x.A @ z - x.b - self.compliance * y.equality
+            first = first + vm(y.equality, x.A)
+            second = mv(x.A, z) - x.b - self.compliance * y.equality
         if x.G is not None:
-            first = first + y.inequality @ x.G
+            first = first + vm(y.inequality, x.G)
             third = -self._pair(self._slack(y), self.w * y.inequality, self._near(y), self.w)
         if y.bound is not None:
             first = first + y.bound
@@ -336,7 +359,7 @@ class _Conditions:
 
     def _slack(self, y):
         h = self.x.h
-        return h - self.x.G @ y.primal + self.compliance * y.inequality
+        return h - mv(self.x.G, y.primal) + self.compliance * y.inequality
 
     def _near(self, y):
         # What counts as touching, in units of the slack.
@@ -458,37 +481,90 @@ _CODES = {
     ipm.UNBOUNDED: RESULTS.unbounded,
     ipm.STALLED: RESULTS.not_a_solution,
     ipm.OUT_OF_STEPS: RESULTS.nonlinear_max_steps_reached,
-    algorithm.INDEFINITE: RESULTS.indefinite,
-    algorithm.NONFINITE: RESULTS.nonfinite_data,
-    algorithm.DEPENDENT: RESULTS.dependent_equations,
+    ipm.INDEFINITE: RESULTS.indefinite,
+    ipm.NONFINITE: RESULTS.nonfinite_data,
+    ipm.DEPENDENT: RESULTS.dependent_equations,
 }
+
+
+def _general(x: QuadraticProgramData):
+    """A and G; a block without rows is an absent one."""
+    return (None if x.A is None or x.b.size == 0 else x.A), (None if x.G is None or x.h.size == 0 else x.G)
 
 
 def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None, loop: Callable) -> Run:
     conditions = _Conditions(node, x)
     elastic = node.elastic is not None
-    # A block without rows is an absent one.
-    A, b = (None, None) if x.A is None or x.A.shape[0] == 0 else (x.A, x.b)
-    G, h = (None, None) if x.G is None or x.G.shape[0] == 0 else (x.G, x.h)
+    A, G = _general(x)
+    b, h = (None if A is None else x.b), (None if G is None else x.h)
+    bounded = x.lower is not None or x.upper is not None
+    _, unravel = ravel_pytree(KKTPoint(x.q, x.b, x.h, x.q if bounded else None))
+    guess = None if y0 is None else ravel_pytree(y0)[0]
+    residual = lambda vector: ravel_pytree(conditions.residual(unravel(vector)))[0]
+    coefficients = lambda vector, side: conditions.coefficients(unravel(vector), side)
+    if is_operator(x.Q):
+        answer = _by_splitting(node, x, A, G, bounded, guess, residual, coefficients, loop)
+        return Run(
+            unravel(answer.vector),
+            _result(answer.code),
+            answer.steps,
+            factor=answer.kkt.with_operators(None, None, None),
+        )
     soft = 0
     if elastic and A is not None:
         soft = b.size
         G, h = (A, b) if G is None else (jnp.concatenate([A, G]), jnp.concatenate([b, h]))
         A = b = None
     data = algorithm.Data(x.Q, x.q, A, b, G, h, x.lower, x.upper, soft, conditions.compliance)
-    bounded = x.lower is not None or x.upper is not None
-    shape = KKTPoint(x.q, x.b, x.h, x.q if bounded else None)
-    _, unravel = ravel_pytree(shape)
     spare = node.dependent_equations
     if spare is None:
         spare = 0 if A is None else 1 + b.size // 16
-    guess = None if y0 is None else ravel_pytree(y0)[0]
-    residual = lambda vector: ravel_pytree(conditions.residual(unravel(vector)))[0]
-    coefficients = lambda vector, side: conditions.coefficients(unravel(vector), side)
     answer = algorithm.solve(
         data, guess, residual, coefficients, conditions.barrier, spare, node.policy.max_steps, loop
     )
+    return Run(unravel(answer.vector), _result(answer.code), answer.steps, factor=answer.kkt)
+
+
+def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, loop) -> splitting.Answer:
+    if node.gradient == "smoothed":
+        raise ValueError("gradient='smoothed' follows the central path, which needs arrays: Q, A or G is an operator.")
+    dtype, n = x.q.dtype, x.q.size
+    p, m = (0 if A is None else x.b.size), (0 if G is None else x.h.size)
+    infinite = jnp.full(max(n, m), jnp.inf, dtype)
+    low, up = ([x.b], [x.b]) if p else ([], [])
+    if m:
+        low, up = [*low, -infinite[:m]], [*up, x.h]
+    if bounded:
+        low.append(-infinite[:n] if x.lower is None else x.lower)
+        up.append(infinite[:n] if x.upper is None else x.upper)
+    empty = jnp.zeros(0, dtype)
+
+    def all_coefficients(vector, side):
+        if node.elastic is not None:
+            return coefficients(vector, side)
+        # Without compliance the node counts equations apart: always active.
+        alpha, beta = coefficients(vector, side[p:])
+        return jnp.concatenate([jnp.ones(p, dtype), alpha]), jnp.concatenate([jnp.zeros(p, dtype), beta])
+
+    return splitting.solve(
+        x.Q,
+        x.q,
+        A,
+        G,
+        jnp.concatenate([*low, empty]),
+        jnp.concatenate([*up, empty]),
+        bounded,
+        node._compliance(x),
+        guess,
+        residual,
+        all_coefficients,
+        node.policy.max_steps,
+        loop,
+    )
+
+
+def _result(code):
     result: Any = RESULTS.successful
-    for code, member in _CODES.items():
-        result = RESULTS.where(answer.code == code, member, result)
-    return Run(unravel(answer.vector), result, answer.steps, factor=answer.kkt)
+    for number, member in _CODES.items():
+        result = RESULTS.where(code == number, member, result)
+    return result
