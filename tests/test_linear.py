@@ -143,3 +143,14 @@ def test_lapack_is_never_called_on_a_batch_on_cpu():
     assert not [line for line in targets if "[2,5,3,3]" in line or "[10,3,3]" in line]
     shared = jax.vmap(over_lanes(lambda a, b: a @ b), in_axes=(0, None))(matrices[:, 0], jnp.eye(3))
     np.testing.assert_allclose(np.asarray(shared), np.asarray(matrices[:, 0]))
+
+
+def test_a_nan_does_not_hide_from_a_maximum():
+    """XLA's CPU backend loses it in `jnp.max` of a batch of this size."""
+    x = jnp.ones((512, 12)).at[200, 3].set(jnp.nan).at[300, 5].set(-jnp.inf)
+    got = jax.jit(jax.vmap(lambda row: largest((row, jnp.zeros(2)))))(x)
+    assert jnp.isnan(got[200])
+    assert got[300] == jnp.inf
+    assert got[0] == 1
+    columns = jax.jit(lambda x: maximum(x, axis=1))(x)
+    assert jnp.isnan(columns[200])

@@ -352,3 +352,12 @@ def test_ten_thousand_hostile_programs():
     assert not wrong
     for answered, asked in tally.values():
         assert answered >= 0.99 * asked
+
+
+def test_a_set_that_no_point_satisfies_is_left_again():
+    """The last variable lies just inside of its bound, where the interior-point method took it to be (float32)."""
+    v, c = jnp.array([2.0, 0.95, 0.81], jnp.float32), jnp.array([[0.94, 0.84, 1.04]], jnp.float32)
+    h = jnp.array([1.786], jnp.float32)
+    s = QUIET.solve(jnp.full(3, 0.2, jnp.float32), -v, G=c, h=h, lower=0.0, upper=1.0)
+    assert s.result == dn.RESULTS.successful
+    np.testing.assert_allclose(s.value, [1, 1, (1.786 - 0.94 - 0.84) / 1.04], atol=2e-6)

@@ -15,7 +15,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from .implicit import largest, norm, typical_scale
+from .._linear.norms import largest
+from .implicit import norm, typical_scale
 from .node import AbstractDeclarativeNode, Solution, bound_inputs
 from .tolerances import tolerances
 

@@ -30,6 +30,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._linear.norms import largest, maximum
 from . import health
 from .failure import raise_failures
 from .results import RESULTS
@@ -115,15 +116,9 @@ def detach_tree(tree: PyTree) -> PyTree:
 
 def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
     """Euclidean norm that neither overflows nor underflows."""
-    largest = jnp.max(jnp.abs(vector), initial=0)
-    safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return jnp.where(jnp.isfinite(largest), largest * jnp.sqrt(jnp.sum((vector / safe) ** 2)), largest)
-
-
-def largest(tree: PyTree) -> Float[Array, ""]:
-    """The largest magnitude in a pytree of arrays (0 if it has none)."""
-    maxima = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jtu.tree_leaves(tree)]
-    return jnp.max(jnp.stack(maxima)) if maxima else jnp.zeros(())
+    top = largest(vector)
+    safe = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    return jnp.where(jnp.isfinite(top), top * jnp.sqrt(jnp.sum((vector / safe) ** 2)), top)
 
 
 def typical_scale(function: Callable[[PyTree], PyTree], y: PyTree) -> Float[Array, ""]:
@@ -170,10 +165,10 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         # What a relative change of the whole unknown does to each entry of F, along three random directions. Entry by
         # entry, so that a strongly scaled equation cannot cover for a weak one; three, since one may cancel.
         value, jvp = jax.linearize(function, vector)
-        allowed = scale * jnp.max(jnp.abs(jax.vmap(jvp)(_directions(vector))), axis=0)
+        allowed = scale * maximum(jnp.abs(jax.vmap(jvp)(_directions(vector))), axis=0)
         # An exact zero counts as such even where dF/dy vanishes.
         ratio = jnp.where(value == 0, 0, jnp.abs(value) / jnp.where(allowed > 0, allowed, jnp.finfo(vector.dtype).tiny))
-        residual = jnp.max(ratio, initial=0)
+        residual = maximum(ratio)
         # A solver that ran out of steps at its own tolerance (rounding kept it from noticing) has solved the problem.
         tired = code == _number(RESULTS.nonlinear_max_steps_reached)
         code = jnp.where(tired & (residual <= tol.solver), 0, code)

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from .bordered import declare_unstructured
 from .dense import inverse_where
 from .lanes import where_needed
+from .norms import largest
 from .null_space import NullSpace
 from .positive_definite import InverseRoot
 
@@ -217,22 +218,22 @@ class KKT(AbstractKKT):
 def refine(b, multiply: Callable, precondition: Callable, loop: Callable, floor, sweeps: int = _SWEEPS):
     """Iterative refinement: x with multiply(x) = b, as long as a sweep at least halves the residual; x, residual, its rounding."""
     eps = float(jnp.finfo(b.dtype).eps)
-    size = jnp.maximum(jnp.max(jnp.abs(b), initial=0), floor)
+    size = jnp.maximum(largest(b), floor)
 
     def body(carry):
         x, r, error, _ = carry
         new = x + precondition(r)
         new_r = b - multiply(new)
-        new_error = jnp.max(jnp.abs(new_r), initial=0)
+        new_error = largest(new_r)
         better = new_error < error
         x, r = jnp.where(better, new, x), jnp.where(better, new_r, r)
         # The entries of the matrix are about 1, so rounding in `multiply` is about eps times the larger of b and x.
-        rounding = 8 * eps * jnp.maximum(size, jnp.max(jnp.abs(x), initial=0))
+        rounding = 8 * eps * jnp.maximum(size, largest(x))
         return x, r, jnp.where(better, new_error, error), (new_error < 0.5 * error) & (new_error > rounding)
 
-    start = (jnp.zeros_like(b), b, jnp.max(jnp.abs(b), initial=0), jnp.any(b != 0))
+    start = (jnp.zeros_like(b), b, largest(b), jnp.any(b != 0))
     x, _, error, _ = loop(lambda carry: carry[3], body, start, max_steps=sweeps)
-    return x, error, 8 * eps * jnp.maximum(size, jnp.max(jnp.abs(x), initial=0))
+    return x, error, 8 * eps * jnp.maximum(size, largest(x))
 
 
 def rows_transposed(G, v, n: int):

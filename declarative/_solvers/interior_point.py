@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._core.implicit import largest
 from .._linear.lanes import where_needed
+from .._linear.norms import largest
 from .._linear.positive_definite import InverseRoot, factorise
 
 OPTIMAL, INFEASIBLE, UNBOUNDED, STALLED, OUT_OF_STEPS = range(5)
@@ -304,7 +304,7 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
     dual = largest(at.dual_residual) / jnp.maximum(dual_size, at.tau)
     product = jnp.where(live, at.s * at.lam, 0)
     if target is not None:
-        centred = jnp.max(jnp.abs(jnp.where(live, product - target, 0)), initial=0) / target
+        centred = largest(jnp.where(live, product - target, 0)) / target
         feasible = jnp.maximum(primal, dual)
         error = jnp.maximum(feasible, centred)
         solved = (feasible <= loose) & (centred <= eps**0.25)

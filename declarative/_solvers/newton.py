@@ -15,7 +15,8 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool
 
-from .._core.implicit import LinearSystem, largest, solve_system
+from .._core.implicit import LinearSystem, solve_system
+from .._linear.norms import largest
 
 
 class _State(eqx.Module):

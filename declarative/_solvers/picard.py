@@ -13,7 +13,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool
 
-from .._core.implicit import largest
+from .._linear.norms import largest
 
 
 class _State(eqx.Module):

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._core.implicit import largest
 from .._linear.kkt import KKT, Reduction, reduction, rows_transposed, soften
+from .._linear.norms import largest
 from .._linear.null_space import NullSpace, null_space
 from .._linear.positive_definite import InverseRoot, factorise, is_semidefinite
 from .._linear.scaling import power_of_two
@@ -350,7 +350,7 @@ def polish(
         finite = lambda leaf: 0.0 if leaf is None else jnp.where(jnp.isfinite(leaf), leaf, 0)
         lengths = [z] + [finite(leaf) for leaf in (data.b, data.h, data.lower, data.upper) if leaf is not None]
         # At z = 0 with all sides 0 (the apex of a cone) only the multipliers say how large the program is.
-        lengths.append(cost * v[n + p :])
+        lengths.append(eps**0.25 * cost * v[n + p :])
         # Qz as it is, not |Q||z|: on the way along a ray everything is small beside that.
         forces = (data.q, ipm.multiply(data.Q, z), v[n:])
         small = jnp.finfo(dtype).tiny ** 0.5
@@ -398,8 +398,31 @@ def polish(
 
     compliance = data.compliance * scaled.e_G**2 / scaled.c if m else jnp.zeros(0, dtype)
 
+    def released(vector, side):
+        """One row less, for a set of active rows that no point satisfies.
+
+        Refinement of such a set would go on for ever, and change a multiplier in proportion to the slack of its row: the first
+        one to reach zero is that of the smallest ratio of the two.
+        """
+        v = vector / column_scale
+        z, lam = v[:n], cost * v[n + p :]
+        near = 50 * eps * jnp.maximum(largest(z), largest(lam))
+        slack = []
+        if m:
+            s = data.h - data.G @ z + compliance * v[n + p : n + p + m]
+            slack.append(jnp.where(jnp.arange(m) < data.soft_equations, 0, s))
+        if data.bounded:
+            upper = jnp.full(n, jnp.inf, dtype) if data.upper is None else data.upper
+            lower = jnp.full(n, -jnp.inf, dtype) if data.lower is None else data.lower
+            slack.append(jnp.where(lower == upper, 0, jnp.where(side[m:] == 1, upper - z, z - lower)))
+        slack = jnp.concatenate([*slack, jnp.zeros(0, dtype)])
+        loose = (side != 0) & (slack > near)
+        ratio = jnp.where(loose, jnp.abs(lam) / jnp.where(loose, slack, 1), jnp.inf)
+        first = jnp.arange(side.size) == jnp.argmin(ratio) if side.size else side == 1
+        return jnp.where(loose & first, 0, side)
+
     def body(state):
-        side = side_of(state.vector, state.side)
+        side = state.side
         alpha, beta = coefficients(state.vector, side)
         kkt = kkt_of(None, alpha, beta)
         start = state.vector
@@ -407,7 +430,7 @@ def polish(
             # Multipliers of what is not active are zero, not small.
             start = start.at[n + p :].set(jnp.where(side == 0, 0, start[n + p :]))
         F = residual_on_side(start, side)
-        new = start - kkt.solve(F, loop, floor=largest(start / column_scale))
+        new = start - kkt.solve(F, loop, floor=largest(start[:n] / column_scale[:n]))
         if exact:
             new = new.at[n + p :].set(jnp.where(side == 0, 0, new[n + p :]))
         error = error_of(new)
@@ -415,13 +438,17 @@ def polish(
         first = state.steps == 0
         keep = lambda new, old: jnp.where(better | first, new, old)
         going = (error > 4 * eps) & jnp.isfinite(error)
+        next_side = side
         if not exact:
             going = going & better
         else:
-            going = going & jnp.any(side_of(new, side) != side)
+            next_side = side_of(new, side)
+            stuck = jnp.all(next_side == side) & (error > eps**0.8)
+            next_side = jnp.where(stuck, released(new, side), next_side)
+            going = going & jnp.any(next_side != side)
         return _Polish(
             new,
-            side,
+            next_side,
             jnp.where(better, new, state.best),
             keep(side, state.best_side),
             jnp.minimum(error, state.error),
@@ -461,7 +488,7 @@ def polish(
     zeros = jnp.zeros(none.size, dtype)
     start = _Polish(
         vector,
-        none,
+        side_of(vector, none),
         vector,
         none,
         error_of(vector),

@@ -19,9 +19,9 @@ import lineax as lx
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._core.implicit import largest
 from .._linear.lanes import where_needed
 from .._linear.matrix_free import Blocks, MatrixFreeKKT, matrix_free_kkt, penalised, scaled_blocks, signs
+from .._linear.norms import largest
 from . import interior_point as ipm
 
 _ITERATIONS = 25  # a round

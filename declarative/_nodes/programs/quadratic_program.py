@@ -43,11 +43,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from ..._core.adjoint import AbstractAdjoint, lax_loop
-from ..._core.implicit import LinearSystem, Run, largest
+from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.kkt import KKTOperator, KKTSolver
 from ..._linear.matrix_free import row_norms
+from ..._linear.norms import largest
 from ..._linear.operators import Block, as_operator, is_operator, mv, symmetric_mv, vm
 from ..._solvers import interior_point as ipm
 from ..._solvers import quadratic_program as algorithm
