@@ -10,6 +10,7 @@ import declarative as dn
 from declarative._linear.bordered import Bordered, BorderedDiagonal
 from declarative._linear.dense import Dense
 from declarative._linear.lanes import over_lanes
+from declarative._linear.norms import largest, maximum
 
 SIZES = (1, 2, 5, 70)
 
