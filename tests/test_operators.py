@@ -129,12 +129,45 @@ def test_an_unbounded_program_ends_with_a_ray():
     tree_close(s.value, jnp.array([0.0, 0.5]), 1e-6)
 
 
+def test_a_curved_program_is_not_unbounded_and_a_flat_one_not_indefinite():
+    n = 60
+    laplacian = 2 * np.eye(n) - np.eye(n, k=1) - np.eye(n, k=-1)
+    lower = np.full(n, -1e3)
+    lower[[10, 40]] = 30, 60
+    single = lambda block: jnp.asarray(block, jnp.float32)
+    s = QUIET.solve(lx.MatrixLinearOperator(single(laplacian)), single(-np.ones(n)), lower=single(lower))
+    # Curvature of (pi / n)^2: the last iterate may be flagged, the program is not unbounded.
+    assert s.result != dn.RESULTS.unbounded
+    np.testing.assert_allclose(s.value[:3], [30, 59, 87], rtol=1e-4)
+    half = lx.DiagonalLinearOperator(jnp.asarray(np.repeat([1.0, 0.0], 30)))
+    s = QUIET.solve(half, jnp.ones(60), lower=-1.0, upper=1.0)
+    assert s.result == dn.RESULTS.successful
+    tree_close(s.value, -jnp.ones(60), 1e-12)
+
+
+def test_rows_that_differ_in_sign_are_seen():
+    """Random signs would cancel on some row z_i - z_j: the constraint would have no size."""
+    n = 300
+    rng = np.random.default_rng(n)
+    signs = rng.choice([-1.0, 1.0], (8, n))
+    i, j = np.argwhere(np.triu(signs.T @ signs == 8, 1))[0]
+    row = np.zeros((1, n))
+    row[0, [i, j]] = 1e-12, -1e-12
+    q = -1e12 * row[0]
+    G = lx.MatrixLinearOperator(jnp.asarray(row))
+    s = QUIET.solve(lx.DiagonalLinearOperator(jnp.ones(n)), jnp.asarray(q), G=G, h=jnp.array([0.5e-12]))
+    assert s.result == dn.RESULTS.successful
+    np.testing.assert_allclose(s.value[i] - s.value[j], 0.5, rtol=1e-9)
+
+
 def test_what_operators_cannot_do_is_said():
     one = lx.DiagonalLinearOperator(jnp.ones(2))
     with pytest.raises(ValueError, match="central path"):
         dn.QuadraticProgram(gradient="smoothed")(one, jnp.ones(2), lower=0.0)
     with pytest.raises(ValueError, match="A must be a matrix with 2 columns"):
         QUIET(one, jnp.ones(2), A=lx.MatrixLinearOperator(jnp.ones((1, 3))), b=jnp.ones(1))
+    with pytest.raises(ValueError, match="the sparse matrix Q must hold floating-point numbers"):
+        QUIET(BCOO.fromdense(jnp.eye(2, dtype=jnp.int32)), jnp.ones(2))
     pairs = lx.FunctionLinearOperator(lambda z: (z, z), jax.ShapeDtypeStruct((2,), jnp.float64))
     with pytest.raises(ValueError, match="must map vectors to vectors"):
         QUIET(one, jnp.ones(2), G=pairs, h=jnp.ones(2))

@@ -219,7 +219,9 @@ def test_a_bad_lane_leaves_its_neighbours_bit_identical():
     [
         ({"q": jnp.ones((2, 3))}, "q must be a non-empty vector"),
         ({"Q": jnp.eye(4)}, r"Q must be \(3, 3\)"),
-        ({"A": jnp.ones((1, 3))}, "A and b come together"),
+        ({"A": jnp.ones((1, 3))}, "A and b come together: got A without b"),
+        ({"Q": "Q"}, "Q must be an array, got str"),
+        ({"y0": jnp.ones(3)}, "y0 must be the `unknown`"),
         ({"G": jnp.ones((2, 4)), "h": jnp.ones(2)}, "G must be a matrix with 3 columns"),
         ({"G": jnp.ones((2, 3)), "h": jnp.ones(3)}, "h must have one entry for each row of G, 2"),
         ({"lower": jnp.ones(2)}, "lower must have one entry"),

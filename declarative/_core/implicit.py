@@ -46,6 +46,8 @@ class Run(eqx.Module):
     - `factor`: anything worth reusing for the backward solve (a lineax solver state); it carries no gradient.
     - `rtol`, `scale`: the relative accuracy that the algorithm aimed at (a Python number; None: that of the dtype) and the
       typical magnitude of the unknown (None: its own largest entry, or 1 if it vanishes). They set what counts as a solution.
+    - `final`: the algorithm has measured its own error: that it ran out of steps is not overruled by a small residual here. (The
+      scale above is that of the whole unknown. Multipliers that run off, as those of an infeasible program do, make it large.)
     """
 
     unknown: PyTree
@@ -54,6 +56,7 @@ class Run(eqx.Module):
     factor: PyTree = None
     rtol: float | None = eqx.field(static=True, default=None)
     scale: Float[Array, ""] | None = None
+    final: bool = eqx.field(static=True, default=False)
 
 
 class LinearSystem(eqx.Module):
@@ -171,7 +174,8 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         residual = maximum(ratio)
         # A solver that ran out of steps at its own tolerance (rounding kept it from noticing) has solved the problem.
         tired = code == _number(RESULTS.nonlinear_max_steps_reached)
-        code = jnp.where(tired & (residual <= tol.solver), 0, code)
+        if not run.final:
+            code = jnp.where(tired & (residual <= tol.solver), 0, code)
         code = jnp.where((code == 0) & ~(residual <= tol.solution), _number(RESULTS.not_a_solution), code)
     else:
         residual = jnp.zeros((), vector.dtype)

@@ -361,7 +361,7 @@ def _no_system(unknown, inputs, factor):
 def _foreign_primal(inputs):
     *inputs, loop = inputs
     run = _run(tuple(inputs), loop)
-    return run.unknown, Run(None, run.result, run.steps, rtol=run.rtol, scale=run.scale)
+    return run.unknown, Run(None, run.result, run.steps, rtol=run.rtol, scale=run.scale, final=run.final)
 
 
 def _foreign_rewrite(unknown, _, inputs):

@@ -11,9 +11,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "them?"
     )
     not_a_solution = (
-        "The answer does not satisfy the optimality conditions: the residual is too large. Either the solver ran off or "
-        "stopped early (a better `y0`, another `solver`; Picard iteration diverges unless the map is a contraction), or the "
-        "algorithm and `optimality` do not describe the same problem (a sign, a missing term?)."
+        "The answer does not satisfy the optimality conditions: the residual is too large. Either the data are too badly scaled or "
+        "too nearly degenerate for their dtype (try float64), or the solver ran off or stopped early (a better `y0`, another "
+        "`solver`; Picard iteration diverges unless the map is a contraction), or, in a node of your own, the algorithm and "
+        "`optimality` do not describe the same problem (a sign, a missing term?)."
     )
     infeasible = "The problem has no feasible point."
     unbounded = "The objective is unbounded below on the feasible set."

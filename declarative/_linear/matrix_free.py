@@ -8,7 +8,8 @@ $$ \begin{bmatrix} Q & K^\top \\ K & -\beta \end{bmatrix} \tag{S} $$
 over free variables and active rows, and solved by the minimum residual method (Paige & Saunders 1975), restarted as iterative
 refinement. Where active rows depend on one another it converges to the multipliers of least norm (in the scaling used).
 
-Norms of rows and columns, for scaling and for the preconditioner, come from products with random signs: $\mathbb{E}(Ks)_i^2 = \|K_i\|^2$.
+Norms of rows and columns, for scaling and for the preconditioner, come from products with random vectors: $\mathbb{E}(Ks)_i^2 = \|K_i\|^2$ for
+standard normal $s$.
 """
 
 from collections.abc import Callable
@@ -30,14 +31,14 @@ _STEPS = 2000
 _EQUILIBRATIONS = 3
 
 
-def signs(count: int, size: int, dtype) -> Float[Array, "count size"]:
-    """Fixed random signs, the same for every lane and every call."""
-    return jnp.asarray(np.random.default_rng(size).choice([-1.0, 1.0], (count, size)), dtype)
+def probes(count: int, size: int, dtype) -> Float[Array, "count size"]:
+    """Fixed normal numbers, the same for every lane and every call. (Random signs would cancel on rows such as z_i - z_j.)"""
+    return jnp.asarray(np.random.default_rng(size).standard_normal((count, size)), dtype)
 
 
 def row_norms(apply: Callable, size: int, dtype) -> Float[Array, " rows"]:
     """The Euclidean norms of the rows of a linear map, to about a factor of two."""
-    images = jax.vmap(apply)(signs(_PROBES, size, dtype))
+    images = jax.vmap(apply)(probes(_PROBES, size, dtype))
     return jnp.sqrt(jnp.mean(images**2, axis=0))
 
 
@@ -84,7 +85,7 @@ class Blocks(eqx.Module):
 
 
 def scaled_blocks(Q, A, G, bounded: bool, dtype) -> Blocks:
-    """Scales by powers of two after which rows and columns have norms of about 1, as far as random signs can tell."""
+    """Scales by powers of two after which rows and columns have norms of about 1, as far as random vectors can tell."""
     n = Q.in_size()
     sizes = [block.out_size() for block in (A, G) if block is not None]
     general = sum(sizes)

@@ -16,11 +16,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from .._linear.lanes import where_needed
-from .._linear.matrix_free import Blocks, MatrixFreeKKT, matrix_free_kkt, penalised, scaled_blocks, signs
+from .._linear.matrix_free import Blocks, MatrixFreeKKT, matrix_free_kkt, penalised, probes, scaled_blocks
 from .._linear.norms import largest
 from . import interior_point as ipm
 
@@ -98,8 +97,8 @@ def solve(
     # A row whose side is NaN, or that asks for the impossible, is bad data; so is an operator that maps a finite vector to NaN.
     finite = jnp.all(jnp.isfinite(q)) & jnp.all(low < jnp.inf) & jnp.all(up > -jnp.inf)
     blocks = scaled_blocks(Q, A, G, bounded, dtype)
-    finite = finite & jnp.all(jnp.isfinite(blocks.hessian(signs(1, n, dtype)[0])))
-    finite = finite & jnp.all(jnp.isfinite(blocks.rows(signs(1, n, dtype)[0])))
+    finite = finite & jnp.all(jnp.isfinite(blocks.hessian(probes(1, n, dtype)[0])))
+    finite = finite & jnp.all(jnp.isfinite(blocks.rows(probes(1, n, dtype)[0])))
     row_scale, column_scale = blocks.row_scale(), blocks.column_scale()
     q = jnp.where(finite, row_scale[:n] * q, 0)
     clean = lambda side, value: jnp.where(finite, blocks.e * side, value)
@@ -242,23 +241,27 @@ def solve(
 def _certificate(blocks: Blocks, box: Box, q, before: _Point, after: _Point, elastic: bool):
     """(vector in natural units, INFEASIBLE or UNBOUNDED or -1): what a round has changed tends to a certificate, if there is one."""
     eps, n = float(jnp.finfo(q.dtype).eps), q.size
-    sharp = eps**0.4
     bounded_below, bounded_above = jnp.isfinite(box.low), jnp.isfinite(box.up)
-    # Multipliers with K'y = 0 for which the sides add up to less than nothing.
+    # Multipliers y with K'y = 0 for which the sides add up to less than nothing. What is left of K'y refutes every z of entries up to
+    # value / |K'y|_1: that must be far beyond the size of the sides.
     y = after.y - before.y
     y = jnp.where(bounded_above, y, jnp.minimum(y, 0))
     y = jnp.where(bounded_below, y, jnp.maximum(y, 0))
     finite = lambda side: jnp.where(jnp.isfinite(side), side, 0)
     value = -jnp.sum(finite(box.up) * jnp.maximum(y, 0) + finite(box.low) * jnp.minimum(y, 0))
-    pull = largest(blocks.transpose(y)) * box.size()
-    infeasible = (value > 0) & (pull <= sharp * value) & (not elastic)
+    pull = jnp.sum(jnp.abs(blocks.transpose(y))) * box.size()
+    infeasible = (value > 0) & (pull <= eps**0.5 * value) & (not elastic)
     y = y / jnp.where(value > 0, value, 1)
-    # A direction in which nothing holds the objective.
+    # A direction in which nothing holds the objective: no row, and no curvature. The least value along the ray lies at
+    # progress / curvature: that must be far beyond any size that the data have.
     z = after.z - before.z
+    z = z / jnp.maximum(largest(z), jnp.finfo(q.dtype).tiny ** 0.5)
     progress, rows = -(q @ z), blocks.rows(z)
     blocked = jnp.maximum(jnp.where(bounded_above, rows, 0), jnp.where(bounded_below, -rows, 0))
-    held = jnp.maximum(largest(blocks.hessian(z)), largest(jnp.maximum(blocked, 0))) * largest(q)
-    unbounded = (progress > 0) & (held <= sharp * progress)
+    curvature = jnp.maximum(z @ blocks.hessian(z), 0)
+    far = progress > eps**-0.75 * curvature * jnp.maximum(largest(q), box.size())
+    downhill = progress > eps**0.25 * jnp.sqrt((q @ q) * (z @ z))
+    unbounded = far & downhill & (largest(jnp.maximum(blocked, 0)) <= eps**0.6)
     z = z / jnp.where(progress > 0, progress, 1)
     code = jnp.where(infeasible, ipm.INFEASIBLE, jnp.where(unbounded, ipm.UNBOUNDED, -1))
     # h'lam + ... = -1 and q'z = -1 in natural units.
@@ -272,15 +275,19 @@ def _is_convex(blocks: Blocks) -> Bool[Array, ""]:
     n, dtype = blocks.d.size, blocks.d.dtype
     shift = float(jnp.finfo(dtype).eps) ** 0.5
 
+    start = probes(1, n, dtype)[0]
+    eps, least = float(jnp.finfo(dtype).eps), float(jnp.finfo(dtype).eps) ** 2 * (start @ start)
+
     def body(carry, _):
         r, p, ok = carry
         Hp = blocks.hessian(p) + shift * p
         curvature, size = p @ Hp, r @ r
-        going = (curvature > 0) & (size > 0)
+        # With few distinct eigenvalues it ends early; what goes on is rounding.
+        going = (curvature > 0) & (size > least)
+        negative = (size > least) & (curvature < -4 * eps * jnp.sqrt((p @ p) * (Hp @ Hp)))
         new = r - jnp.where(going, size / jnp.where(going, curvature, 1), 0) * Hp
-        scale = jnp.where(size > 0, size, 1)
-        return (new, jnp.where(going, new + (new @ new) / scale * p, p), ok & ((curvature > 0) | (size == 0))), None
+        following = new + (new @ new) / jnp.where(size > 0, size, 1) * p
+        return (jnp.where(going, new, r), jnp.where(going, following, p), ok & ~negative), None
 
-    start = signs(1, n, dtype)[0] * jnp.asarray(np.random.default_rng(0).uniform(0.5, 1.5, n), dtype)
     (_, _, ok), _ = jax.lax.scan(body, (start, start, jnp.ones((), bool)), length=min(n, 40))
     return ok

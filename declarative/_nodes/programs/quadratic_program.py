@@ -13,7 +13,7 @@ r"""Quadratic program as a layer (OptNet), with exact or smoothed gradients, dua
                  Not differentiable where a constraint is weakly active ($s_i = \lambda_i = 0$): the derivative returned is then one-sided,
                  with the constraint active exactly if its computed multiplier is positive; `kink_distance` is
                  $\min_i \max(s_i, w_i\lambda_i)$. Where active rows depend on one another, multipliers are those of least norm, and
-                 equal rows share equally.
+                 equal rows share equally; in reverse mode a cotangent that tells such multipliers apart is flagged.
 
 | symbol         | code        | shape           | meaning                                   |
 |----------------|-------------|-----------------|-------------------------------------------|
@@ -211,6 +211,13 @@ class QuadraticProgram(AbstractDeclarativeNode):
         return _Conditions(self, x).kink_distance(y)
 
     def guess(self, x, y0):
+        if y0 is not None:
+            bounded = x.lower is not None or x.upper is not None
+            wanted = KKTPoint(x.q, x.b, x.h, x.q if bounded else None)
+            if jax.tree.map(jnp.shape, y0) != jax.tree.map(jnp.shape, wanted):
+                raise ValueError(
+                    "y0 must be the `unknown` of a solution of a program with the same blocks and shapes, or a KKTPoint like it."
+                )
         # A guess that is not finite is no guess, and no fault of the data.
         return jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0), y0)
 
@@ -240,22 +247,39 @@ def _pack(Q, q, A, b, G, h, lower, upper) -> QuadraticProgramData:
     if isinstance(Q, QuadraticProgramData):
         if any(block is not None for block in (q, A, b, G, h, lower, upper)):
             raise ValueError("Pass either a QuadraticProgramData or its blocks, not both.")
-        return Q
-    if q is None:
-        raise ValueError("q is missing: qp(Q, q, A=..., b=..., G=..., h=..., lower=..., upper=...).")
-    q, b, h = (None if block is None else jnp.asarray(block) for block in (q, b, h))
-    sparse = lambda block: is_operator(block) or isinstance(block, JAXSparse)
-    convert = as_operator if any(sparse(block) for block in (Q, A, G)) else jnp.asarray
-    Q, A, G = (None if block is None else convert(block) for block in (Q, A, G))
+        return _pack(**vars(Q))
+    for name, block in (("Q", Q), ("q", q)):
+        if block is None:
+            raise ValueError(f"{name} is missing: qp(Q, q, A=..., b=..., G=..., h=..., lower=..., upper=...).")
+    q, b, h = _array("q", q), _array("b", b), _array("h", h)
+    sparse = any(is_operator(block) or isinstance(block, JAXSparse) for block in (Q, A, G))
 
-    def spread(bound):
+    def matrix(name, block):
+        if isinstance(block, JAXSparse) and not jnp.issubdtype(block.dtype, jnp.floating):
+            raise ValueError(f"the sparse matrix {name} must hold floating-point numbers, got {block.dtype}.")
+        if isinstance(block, JAXSparse) or (sparse and block is not None and not is_operator(block)):
+            return as_operator(block if isinstance(block, JAXSparse) else _array(name, block))
+        return block if is_operator(block) else _array(name, block)
+
+    def spread(name, bound):
         """A number bounds every variable, and has no dtype of its own."""
-        if bound is None:
-            return None
-        bound = jnp.asarray(bound, q.dtype) if isinstance(bound, (int, float)) else jnp.asarray(bound)
-        return bound if bound.ndim else jnp.broadcast_to(bound, q.shape)
+        bound = jnp.asarray(bound, q.dtype) if isinstance(bound, (int, float)) else _array(name, bound)
+        return bound if bound is None or bound.ndim else jnp.broadcast_to(bound, q.shape)
 
-    return QuadraticProgramData(Q, q, A, b, G, h, spread(lower), spread(upper))
+    lower, upper = spread("lower", lower), spread("upper", upper)
+    return QuadraticProgramData(matrix("Q", Q), q, matrix("A", A), b, matrix("G", G), h, lower, upper)
+
+
+def _array(name: str, block):
+    if block is None:
+        return None
+    try:
+        return jnp.asarray(block)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} must be an array, got {type(block).__name__}. Sparse matrices of SciPy: "
+            "jax.experimental.sparse.BCOO.from_scipy_sparse."
+        ) from error
 
 
 def _shape(block, name: str) -> tuple[int, ...]:
@@ -277,7 +301,8 @@ def _check(x: QuadraticProgramData):
     for name, partner in (("A", "b"), ("G", "h")):
         matrix, vector = getattr(x, name), getattr(x, partner)
         if (matrix is None) != (vector is None):
-            raise ValueError(f"{name} and {partner} come together: got {'no ' if matrix is None else ''}{name}.")
+            there, missing = (partner, name) if matrix is None else (name, partner)
+            raise ValueError(f"{name} and {partner} come together: got {there} without {missing}.")
         if matrix is None:
             continue
         shape = _shape(matrix, name)
@@ -288,7 +313,9 @@ def _check(x: QuadraticProgramData):
                 f"{partner} must have one entry for each row of {name}, {shape[0]}, got {describe(vector)}."
             )
     if _shape(x.Q, "Q") not in ((n, n), (n,)):
-        raise ValueError(f"Q must be ({n}, {n}), or ({n},) for a diagonal, got {list(_shape(x.Q, 'Q'))}.")
+        raise ValueError(
+            f"Q must be ({n}, {n}), or ({n},) for a diagonal, since q has {n} entries; got {list(_shape(x.Q, 'Q'))}."
+        )
     for name in ("lower", "upper"):
         bound = getattr(x, name)
         if bound is not None and bound.shape != (n,):
@@ -510,6 +537,7 @@ def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None,
             _result(answer.code),
             answer.steps,
             factor=answer.kkt.with_operators(None, None, None),
+            final=True,
         )
     soft = 0
     if elastic and A is not None:
@@ -523,7 +551,7 @@ def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None,
     answer = algorithm.solve(
         data, guess, residual, coefficients, conditions.barrier, spare, node.policy.max_steps, loop
     )
-    return Run(unravel(answer.vector), _result(answer.code), answer.steps, factor=answer.kkt)
+    return Run(unravel(answer.vector), _result(answer.code), answer.steps, answer.kkt, final=True)
 
 
 def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, loop) -> splitting.Answer:
