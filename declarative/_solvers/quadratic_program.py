@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._linear.kkt import KKT, Reduction, reduction, rows_transposed, soften
+from .._linear.kkt import KKT, AbstractKKT, Reduction, reduction, rows_transposed, soften
 from .._linear.norms import largest
 from .._linear.null_space import NullSpace, null_space
 from .._linear.positive_definite import InverseRoot, factorise, is_semidefinite
@@ -528,10 +528,10 @@ def polish(
 
 
 class Answer(eqx.Module):
-    """`vector`: the flat unknown in natural units; `kkt`: its factored optimality conditions."""
+    """`vector`: the flat unknown (z, nu, lam, mu) in natural units; `kkt`: its linearised optimality conditions."""
 
     vector: Float[Array, " size"]
-    kkt: KKT
+    kkt: AbstractKKT
     code: Int[Array, ""]
     steps: Int[Array, ""]
 

@@ -19,9 +19,10 @@ import lineax as lx
 from jaxtyping import Array, Bool, Float, Int
 
 from .._linear.lanes import where_needed
-from .._linear.matrix_free import Blocks, MatrixFreeKKT, matrix_free_kkt, penalised, probes, scaled_blocks
+from .._linear.matrix_free import Blocks, matrix_free_kkt, penalised, probes, scaled_blocks
 from .._linear.norms import largest
 from . import interior_point as ipm
+from .quadratic_program import Answer
 
 _ITERATIONS = 25  # a round
 _RELAXATION = 1.6
@@ -59,15 +60,6 @@ class _State(eqx.Module):
     # The set that Newton was last tried with, and the error of the splitting then.
     tried: Int[Array, " rows"]
     tried_at: Float[Array, ""]
-    code: Int[Array, ""]
-    steps: Int[Array, ""]
-
-
-class Answer(eqx.Module):
-    """`vector`: the flat unknown (z, nu, lam, mu) in natural units; `kkt`: its linearised optimality conditions."""
-
-    vector: Float[Array, " size"]
-    kkt: MatrixFreeKKT
     code: Int[Array, ""]
     steps: Int[Array, ""]
 

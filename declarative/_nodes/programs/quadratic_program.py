@@ -554,7 +554,7 @@ def _solve(node: QuadraticProgram, x: QuadraticProgramData, y0: KKTPoint | None,
     return Run(unravel(answer.vector), _result(answer.code), answer.steps, answer.kkt, final=True)
 
 
-def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, loop) -> splitting.Answer:
+def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, loop) -> algorithm.Answer:
     if node.gradient == "smoothed":
         raise ValueError("gradient='smoothed' follows the central path, which needs arrays: Q, A or G is an operator.")
     dtype, n = x.q.dtype, x.q.size
