@@ -21,8 +21,6 @@ from jupyter_client.manager import AsyncKernelManager
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Those that compile for longer are left to the slow tier.
-TO_RUN = [pytest.param(path, marks=[pytest.mark.slow] if path.stem == "02_optnet" else []) for path in NOTEBOOKS]
 
 
 class ThisInterpreter(AsyncKernelManager):
@@ -59,7 +57,8 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source.strip() for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", TO_RUN, ids=lambda path: path.stem)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
     run(nbformat.read(path, as_version=4), tmp_path, small=True, timeout=240)
 

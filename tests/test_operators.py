@@ -40,7 +40,8 @@ def everything(qp, x, operators: bool):
     return jax.grad(loss, has_aux=True)(x)
 
 
-@pytest.mark.parametrize("qp", [QUIET, pytest.param(ELASTIC, marks=pytest.mark.slow)], ids=["plain", "elastic"])
+@pytest.mark.slow
+@pytest.mark.parametrize("qp", [QUIET, ELASTIC], ids=["plain", "elastic"])
 def test_operators_agree_with_arrays(qp):
     (free_gradient, free), (gradient, solution) = (everything(qp, BATCH, operators) for operators in (True, False))
     assert bool(jnp.all(free.result == dn.RESULTS.successful))
