@@ -28,7 +28,7 @@ from .dense import inverse_where
 from .lanes import where_needed
 from .norms import largest
 from .null_space import NullSpace
-from .positive_definite import InverseRoot
+from .positive_definite import Gram, InverseRoot, factorise
 
 _SWEEPS = 12
 
@@ -67,20 +67,15 @@ class Reduction(eqx.Module):
     def hessian(self, w):
         return self.P * w if self.P.ndim == 1 else self.P @ w
 
-    def gram(self, weights):
-        """P + [R; N]' diag(weights) [R; N]; a diagonal stays one where it can."""
+    def factorise(self, weights, needed=True) -> InverseRoot:
+        """The inverse root of P + [R; N]' diag(weights) [R; N], in the lanes that need it."""
         m = 0 if self.R is None else self.R.shape[0]
-        H = self.P
-        if self.R is not None:
-            gram = self.R.T @ (weights[:m, None] * self.R)
-            H = gram + jnp.diag(H) if H.ndim == 1 else gram + H
-        if weights.size > m:
-            bounds = weights[m:]
-            if self.space is not None:
-                H = H + self.space.basis.T @ (bounds[:, None] * self.space.basis)
-            else:
-                H = H + bounds if H.ndim == 1 else H + jnp.diag(bounds)
-        return H
+        grams = [] if self.R is None else [Gram(self.R, weights[:m])]
+        bounds = weights[m:] if weights.size > m else None
+        if bounds is not None and self.space is not None:
+            grams.append(Gram(self.space.basis, bounds))
+            bounds = None
+        return factorise(self.P, bounds, grams, needed)
 
 
 def reduction(Q, G, space: NullSpace | None) -> Reduction:

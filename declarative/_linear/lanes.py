@@ -36,27 +36,46 @@ def where_needed(needed: Bool[Array, ""], compute: Callable[[Array], Any], other
 
 
 def over_lanes(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, a function of arrays that calls LAPACK, made safe to `vmap` on CPU. It is not differentiated: give it a rule."""
-    return _with_axes(kernel, ())
+    """`kernel`, a function of arrays that calls LAPACK, made safe to `vmap` on CPU. It is not differentiated: give it a rule.
+
+    Under `vmap`, an array that is the same for all lanes is not copied for each.
+    """
+    return lambda *arrays: _with_axes(kernel, (), (False,) * len(arrays))(*arrays)
 
 
-def _with_axes(kernel: Callable[..., Any], batch: tuple[int, ...]) -> Callable[..., Any]:
+def _with_axes(kernel: Callable[..., Any], batch: tuple[int, ...], laned: tuple[bool, ...]) -> Callable[..., Any]:
+    """`kernel` over the leading axes `batch` of those arrays that are `laned`."""
     depth = len(batch)
 
     @custom_vmap
     def run(*arrays):
         if not batch:
             return kernel(*arrays)
-        flat = tuple(array.reshape(prod(batch), *array.shape[depth:]) for array in arrays)
-        one_by_one = lambda *lanes: jax.lax.map(lambda lane: kernel(*lane), lanes)
-        out = jax.lax.platform_dependent(*flat, cpu=one_by_one, default=jax.vmap(kernel))
+        lanes = tuple(
+            array.reshape(prod(batch), *array.shape[depth:]) for array, has in zip(arrays, laned, strict=True) if has
+        )
+
+        def one(lane):
+            rest = iter(lane)
+            return kernel(*(next(rest) if has else array for array, has in zip(arrays, laned, strict=True)))
+
+        one_by_one = lambda *lanes: jax.lax.map(one, lanes)
+        out = jax.lax.platform_dependent(*lanes, cpu=one_by_one, default=jax.vmap(lambda *lane: one(lane)))
         return jtu.tree_map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out)
 
     @run.def_vmap
     def _(size, in_batched, *arrays):
-        spread = lambda array, batched: array if batched else jnp.broadcast_to(array, (size, *array.shape))
-        arrays = tuple(spread(array, batched) for array, batched in zip(arrays, in_batched, strict=True))
-        out = _with_axes(kernel, (size, *batch))(*arrays)
+        def spread(array, new, old):
+            """An array with some of the axes gets all of them; one with none stays as it is."""
+            if not (new or old):
+                return array
+            shape = array.shape[new + old * depth :]
+            lead = (size if new else 1, *(batch if old else (1,) * depth))
+            return jnp.broadcast_to(array.reshape(*lead, *shape), (size, *batch, *shape))
+
+        full = [spread(*each) for each in zip(arrays, in_batched, laned, strict=True)]
+        either = tuple(new or old for new, old in zip(in_batched, laned, strict=True))
+        out = _with_axes(kernel, (size, *batch), either)(*full)
         return out, jtu.tree_map(lambda _: True, out)
 
     return run

@@ -10,6 +10,8 @@ diagonal of $U$ in their place, which turns their columns of $Y$ into the direct
 more columns than $n - p$ to take these in; columns that stay empty are padding.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,8 @@ class NullSpace(eqx.Module):
 def null_space(matrix: Float[Array, "p n"], spare: int) -> NullSpace:
     """For rows of similar size. With p >= n the basis has n columns, mostly padding."""
     p, n = matrix.shape
-    return NullSpace(*(_by_svd(matrix) if p >= n else _eliminate(min(spare, p), matrix)))
+    kernel = _by_svd if p >= n else partial(_eliminate, min(spare, p))
+    return NullSpace(*over_lanes(kernel)(matrix))
 
 
 def _eliminate(spare, matrix):
@@ -63,7 +66,7 @@ def _eliminate(spare, matrix):
 
 def _by_svd(matrix):
     n = matrix.shape[1]
-    left, values, right = _svd(matrix)
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=True)
     in_range = values > _rank_tolerance(matrix) * jnp.max(values, initial=0)
     inverses = jnp.where(in_range, 1 / jnp.where(in_range, values, 1), 0)
     particular = (right.T * inverses[None, :]) @ left[:, :n].T
@@ -74,7 +77,6 @@ def _rank_tolerance(matrix):
     return 10 * max(matrix.shape) * float(jnp.finfo(matrix.dtype).eps)
 
 
-@over_lanes
 def _lu(matrix):
     packed, _, order = jax.lax.linalg.lu(matrix.T)
     sizes = jnp.abs(jnp.diagonal(packed))
@@ -89,13 +91,7 @@ def _lu(matrix):
     return packed, order, kept
 
 
-@over_lanes
 def _triangular_inverses(packed):
     eye = jnp.eye(packed.shape[0], dtype=packed.dtype)
     lower = jax.lax.linalg.triangular_solve(packed, eye, left_side=True, lower=True, unit_diagonal=True)
     return lower, jax.lax.linalg.triangular_solve(packed, eye, left_side=True, lower=False)
-
-
-@over_lanes
-def _svd(matrix):
-    return jnp.linalg.svd(matrix, full_matrices=True)

@@ -5,6 +5,9 @@ right-hand sides, as in an interior-point step and its gradient, products beat t
 to a unit diagonal first, and shifted by a few roundings, so that a semidefinite one has a factor too.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from .lanes import over_lanes
 
 # Above this size the factor is built from blocks by products: LAPACK's triangular inverse is the slow part.
-_LEAF = 64
+_LEAF = 32
 
 
 class InverseRoot(eqx.Module):
@@ -28,21 +31,60 @@ class InverseRoot(eqx.Module):
         return (self.root @ vector) @ self.root
 
 
-def factorise(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> InverseRoot:
+class Gram(NamedTuple):
+    """R' diag(weights) R, not multiplied out."""
+
+    rows: Float[Array, "m n"]
+    weights: Float[Array, " m"]
+
+
+def factorise(
+    matrix: Float[Array, "n n"] | Float[Array, " n"],
+    diagonal: Float[Array, " n"] | None = None,
+    grams: Sequence[Gram] = (),
+    needed: bool | Bool[Array, ""] = True,
+) -> InverseRoot:
     """The inverse root of a symmetric matrix plus a few roundings of its diagonal; NaN if that is not positive definite.
 
-    A vector is a diagonal matrix. A diagonal entry that is zero counts as 1: the direction is unknown to the matrix.
+    The matrix is `matrix` (a vector is a diagonal one) plus a diagonal plus Gram matrices. A diagonal entry that is zero counts as 1:
+    the direction is unknown to the matrix. Lanes of a batch that do not need a factor cost little on CPU, and get zeros.
     """
     n = matrix.shape[0]
-    # What Cholesky itself may lose of a matrix with unit diagonal.
-    shift = 8 * (n + 8) * float(jnp.finfo(matrix.dtype).eps)
-    diagonal = matrix if matrix.ndim == 1 else jnp.diagonal(matrix)
-    scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
-    if matrix.ndim == 1:
-        shifted = diagonal * scale**2 + shift
+    if matrix.ndim == 1 and not grams:
+        entries = matrix if diagonal is None else matrix + diagonal
+        scale = _unit_diagonal(entries)
+        shifted = entries * scale**2 + _shift(n, entries.dtype)
         return InverseRoot(jnp.where(shifted > 0, scale * jax.lax.rsqrt(jnp.where(shifted > 0, shifted, 1)), jnp.nan))
-    scaled = scale[:, None] * matrix * scale[None, :] + shift * jnp.eye(n, dtype=matrix.dtype)
-    return InverseRoot(inverse_root(scaled) * scale[None, :])
+    diagonal = jnp.zeros(n, matrix.dtype) if diagonal is None else diagonal
+    return InverseRoot(
+        _inverse_root_of_sum(jnp.asarray(needed), matrix, diagonal, *(array for gram in grams for array in gram))
+    )
+
+
+@over_lanes
+def _inverse_root_of_sum(needed, matrix, diagonal, *grams):
+    """In one lane from data to factor: what a lane works on stays in the cache."""
+    n = matrix.shape[0]
+
+    def compute(matrix, diagonal, *grams):
+        total = matrix + jnp.diag(diagonal) if matrix.ndim == 2 else jnp.diag(matrix + diagonal)
+        for rows, weights in zip(grams[::2], grams[1::2], strict=True):
+            total = total + rows.T @ (weights[:, None] * rows)
+        scale = _unit_diagonal(jnp.diagonal(total))
+        scaled = scale[:, None] * total * scale[None, :] + _shift(n, total.dtype) * jnp.eye(n, dtype=total.dtype)
+        return _blocked(scaled) * scale[None, :]
+
+    nothing = lambda matrix, *_: jnp.zeros((n, n), matrix.dtype)
+    return jax.lax.cond(needed, compute, nothing, matrix, diagonal, *grams)
+
+
+def _unit_diagonal(diagonal):
+    return jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
+
+
+def _shift(n: int, dtype) -> float:
+    """What Cholesky itself may lose of a matrix with unit diagonal."""
+    return 8 * (n + 8) * float(jnp.finfo(dtype).eps)
 
 
 @over_lanes
@@ -70,8 +112,7 @@ def is_semidefinite(matrix: Float[Array, "n n"] | Float[Array, " n"]) -> Bool[Ar
     """Whether no eigenvalue lies below zero, to about half the digits of a matrix scaled to a unit diagonal."""
     if matrix.ndim == 1:
         return jnp.all(matrix >= 0)
-    diagonal = jnp.diagonal(matrix)
-    scale = jnp.where(diagonal > 0, jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1)), 1)
+    scale = _unit_diagonal(jnp.diagonal(matrix))
     shift = float(jnp.finfo(matrix.dtype).eps) ** 0.6
     scaled = scale[:, None] * matrix * scale[None, :] + shift * jnp.eye(matrix.shape[0], dtype=matrix.dtype)
     return jnp.all(jnp.isfinite(_cholesky(scaled)))

@@ -30,12 +30,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from .._linear.lanes import where_needed
 from .._linear.norms import largest
-from .._linear.positive_definite import InverseRoot, factorise
+from .._linear.positive_definite import Gram, InverseRoot, factorise
 
 OPTIMAL, INFEASIBLE, UNBOUNDED, STALLED, OUT_OF_STEPS = range(5)
 INDEFINITE, NONFINITE, DEPENDENT = 10, 11, 12  # seen before the iteration
 
 _BACKOFF = 0.99  # of the step to the boundary
+_APART = 0.01  # the smaller of a slack and its multiplier, where it is clear that it tends to zero
 _STALL = 12  # steps without a new best residual before giving up
 
 
@@ -63,16 +64,17 @@ class Rows(eqx.Module):
             total = total + (bounded if self.basis is None else bounded @ self.basis)
         return total
 
-    def gram(self, matrix, weights: Float[Array, " rows"]):
-        """`matrix` + R' diag(weights) R; a diagonal (a vector) stays one where it can."""
+    def factorise(self, matrix, weights: Float[Array, " rows"], needed=True) -> InverseRoot:
+        """The inverse root of `matrix` + R' diag(weights) R, in the lanes that need it; for a diagonal (a vector) a vector where it can."""
         general, bounded = self._split(weights, lambda lower, upper: upper + lower)
-        if bounded is not None and self.basis is None:
-            matrix = add_diagonal(matrix, bounded)
+        grams, diagonal = [], None
+        if general is not None and self.general is not None:
+            grams.append(Gram(self.general, general))
+        if bounded is not None and self.basis is not None:
+            grams.append(Gram(self.basis, bounded))
         elif bounded is not None:
-            matrix = add_matrix(matrix, _weighted_gram(self.basis, bounded))
-        if general is not None:
-            matrix = add_matrix(matrix, _weighted_gram(self.general, general))
-        return matrix
+            diagonal = bounded
+        return factorise(matrix, diagonal, grams, needed)
 
     def _split(self, v, join):
         m = 0 if self.general is None else self.general.shape[0]
@@ -84,14 +86,6 @@ class Rows(eqx.Module):
         lower = v[m : m + n] if self.lower else zeros
         upper = v[v.size - n :] if self.upper else zeros
         return general, join(lower, upper)
-
-
-def _weighted_gram(matrix, weights):
-    return matrix.T @ (weights[:, None] * matrix)
-
-
-def add_diagonal(matrix, diagonal):
-    return matrix + diagonal if matrix.ndim == 1 else matrix + jnp.diag(diagonal)
 
 
 def add_matrix(matrix, other):
@@ -160,7 +154,7 @@ def interior_point(
     state = eqx.tree_at(lambda state: state.code, state, jnp.where(skip, STALLED, running))
 
     def body(state):
-        at, moved = _step(program, state.at, target, loop)
+        at, moved = _step(program, state.at, state.code == -1, target, loop)
         state = eqx.tree_at(lambda state: (state.at, state.steps), state, (at, state.steps + 1))
         state = _judge(program, state, eps, target)
         # Near the end rounding takes over and the iterates get worse: the best one is then good enough to be polished.
@@ -203,8 +197,8 @@ def _measured(program: Program, w, lam, s, tau, kappa) -> Iterate:
     return Iterate(w, lam, s, tau, kappa, dual, primal, gap, Pw)
 
 
-def _step(program: Program, at: Iterate, target, loop: Callable):
-    """(next iterate, whether it moved)."""
+def _step(program: Program, at: Iterate, needed, target, loop: Callable):
+    """(next iterate, whether it moved), where it is `needed`."""
     P, g, rows, f, live, soft = program.P, program.g, program.rows, program.f, program.live, program.softness
     w, lam, s, tau, kappa = at.w, at.lam, at.s, at.tau, at.kappa
     k = g.size
@@ -212,7 +206,7 @@ def _step(program: Program, at: Iterate, target, loop: Callable):
     count = jnp.sum(live).astype(g.dtype) + (1 if embedded else 0)
     safe_lam = jnp.where(live, lam, 1)
     weights = jnp.where(live, safe_lam / (s + soft * safe_lam), 0)
-    factor: InverseRoot = factorise(rows.gram(P, weights))
+    factor = rows.factorise(P, weights, needed)
 
     def solve(r, e):
         dw = factor.solve(r - rows.transpose(weights * e, k))
@@ -314,7 +308,11 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         # Complementarity against the size of the objective.
         gap = jnp.sum(product) / at.tau / jnp.maximum(worth, at.tau)
         error = jnp.maximum(jnp.maximum(primal, dual), gap)
-        solved = (primal <= loose) & (dual <= loose) & (gap <= tight)
+        # Rounding sets in soon after; where every pair of slack and multiplier shows which of the two is zero, polishing needs no more.
+        small = jnp.max(jnp.where(live, jnp.minimum(at.s, at.lam), 0), initial=0)
+        large = jnp.min(jnp.where(live, jnp.maximum(at.s, at.lam), jnp.inf), initial=jnp.inf)
+        solved = (error <= eps**0.4) & (small <= _APART * large)
+        solved = solved | (primal <= loose) & (dual <= loose) & (gap <= tight)
         # Certificates; kappa is then the larger of the two scalars.
         towards_infeasible, towards_unbounded = -(f @ at.lam), -(g @ at.w)
         # The further kappa outweighs tau, the less it takes: `_outcome` sharpens a certificate, and looks again.
@@ -362,8 +360,8 @@ def _sharpened(program: Program, w, lam, code):
     damping = float(jnp.finfo(w.dtype).eps) ** 0.4
     lam = lam / jnp.maximum(largest(lam), jnp.finfo(lam.dtype).tiny ** 0.5)
     whole, lam = lam, jnp.where(lam > damping, lam, 0)
-    proof, ray = rows.gram(jnp.zeros_like(P), lam**2), rows.gram(add_constant(P, damping), jnp.zeros_like(lam))
-    factor = factorise(jnp.where(code == INFEASIBLE, proof, ray))
+    proof = code == INFEASIBLE
+    factor = rows.factorise(jnp.where(proof, 0, add_constant(P, damping)), jnp.where(proof, lam**2, 0))
     new_w, new_lam = w, lam
     for _ in range(2):
         new_lam = jnp.maximum(new_lam - lam**2 * rows(factor.solve(rows.transpose(new_lam, k))), 0)

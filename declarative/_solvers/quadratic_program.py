@@ -102,7 +102,14 @@ def scale(data: Data) -> Scaled:
     c = power_of_two(jnp.max(columns_of_Q(d)))
     e_A = e_A if A is None else rows_of(A_abs, d)
     e_G = e_G if G is None else rows_of(G_abs, d)
-    clean = lambda leaf, other=0.0: None if leaf is None else jnp.where(finite, leaf, other)
+
+    def clean(leaf, other=0.0):
+        # By its own entries only: a block that a batch shares must not become one for each lane.
+        return jnp.where(jnp.all(jnp.isfinite(leaf)), leaf, other)
+
+    def clean_side(side, other=0.0):
+        return jnp.where(finite, side, other)
+
     Q = clean(
         c * d**2 * Q if Q.ndim == 1 else (c * d[:, None]) * Q * d[None, :],
         1.0 if Q.ndim == 1 else jnp.eye(n, dtype=dtype),
@@ -113,13 +120,13 @@ def scale(data: Data) -> Scaled:
     G = None if G is None else clean(e_G[:, None] * G * d[None, :])
     scaled = Data(
         Q,
-        clean(c * d * data.q),
+        clean_side(c * d * data.q),
         A,
-        None if data.b is None else clean(e_A * data.b),
+        None if data.b is None else clean_side(e_A * data.b),
         G,
-        None if data.h is None else clean(e_G * data.h, 1.0),
-        None if data.lower is None else clean(data.lower / d, -1.0),
-        None if data.upper is None else clean(data.upper / d, 1.0),
+        None if data.h is None else clean_side(e_G * data.h, 1.0),
+        None if data.lower is None else clean_side(data.lower / d, -1.0),
+        None if data.upper is None else clean_side(data.upper / d, 1.0),
         data.soft_equations,
         data.compliance,
     )
@@ -175,7 +182,7 @@ def reduce(scaled: Scaled, reduced: Reduction) -> Reduced:
     # Centred where the penalty |(Rw - f)|^2/2 leads, which is where the iteration starts: a solution far from the origin is one near
     # it there, and what is left of the data tells how large the unknowns are.
     f = jnp.where(live, f, 0)
-    centre = factorise(rows.gram(cost * P, live.astype(dtype))).solve(rows.transpose(f, P.shape[0]) - cost * g)
+    centre = rows.factorise(cost * P, live.astype(dtype)).solve(rows.transpose(f, P.shape[0]) - cost * g)
     g, f = g + ipm.multiply(P, centre), jnp.where(live, f - rows(centre), 0)
     origin = origin + (centre if basis is None else basis @ centre)
     length = 1 / power_of_two(jnp.maximum(largest(f), cost * largest(g)))
@@ -358,14 +365,14 @@ def polish(
         primal = largest(F[n:]) / jnp.maximum(largest(lengths), small)
         return jnp.maximum(dual, primal)
 
-    def kkt_of(root, alpha, beta):
+    def kkt_of(root, alpha, beta, needed=True):
         # alpha / beta of F in natural units; (J) is scaled.
         rows, columns = row_scale[n + p :], column_scale[n + p :]
         lengths = jnp.concatenate([1 / scaled.e_G, *([scaled.d] if data.bounded else [])])
         alpha = alpha * rows * lengths
         beta = beta * rows * columns
         if root is None:
-            root = factorise(blocks.gram(alpha / soften(alpha, beta)))
+            root = blocks.factorise(alpha / soften(alpha, beta), needed)
         return KKT(data.Q, data.A, data.G, alpha, beta, row_scale, column_scale, blocks, root)
 
     def side_of(vector, previous):
@@ -424,7 +431,7 @@ def polish(
     def body(state):
         side = state.side
         alpha, beta = coefficients(state.vector, side)
-        kkt = kkt_of(None, alpha, beta)
+        kkt = kkt_of(None, alpha, beta, state.going)
         start = state.vector
         if exact:
             # Multipliers of what is not active are zero, not small.
