@@ -42,7 +42,7 @@ from PIL import Image as Picture
 
 import declarative as dn
 from models.sudoku import SudokuConfig, make
-from train.sudoku import full_grids, make_puzzles
+from train.loop.puzzles import full_grids, make_puzzles
 
 # Double precision, to compare digits. The library itself never touches this switch, and section 4 computes in single precision.
 jax.config.update("jax_enable_x64", True)
@@ -587,10 +587,10 @@ show()
 
 # %%
 steps, size = (4, 100) if SMALL else (1200, 100)
-grids = full_grids()
+grids = full_grids(4)
 order = np.random.default_rng(0).permutation(len(grids))
-puzzles, solutions = make_puzzles(grids[order[58:]], grids, size if SMALL else 3000, (4, 7), seed=1)
-unseen = make_puzzles(grids[order[:58]], grids, 2 * size, (4, 7), seed=2)
+puzzles, solutions = make_puzzles(grids[order[58:]], size if SMALL else 3000, (4, 7), seed=1)
+unseen = make_puzzles(grids[order[:58]], 2 * size, (4, 7), seed=2)
 
 model = make(SudokuConfig(side=4, equations=40), key=jr.key(0))
 untrained = np.asarray(model.layer.A)

@@ -9,7 +9,8 @@ import pytest
 
 import declarative as dn
 from models.sudoku import SudokuConfig, make
-from train.sudoku import Config, full_grids, make_puzzles
+from train.loop.puzzles import full_grids, make_puzzles, solutions
+from train.sudoku import DEFAULTS, Config
 
 
 def test_feasible_by_construction_and_learnable(getkey):
@@ -45,7 +46,7 @@ def test_sizes_that_make_no_layer(arguments, message, getkey):
 
 
 def test_the_puzzles_have_one_solution_and_the_splits_share_no_grid():
-    grids = full_grids()
+    grids = full_grids(4)
     assert grids.shape == (288, 4, 4)
     assert len(np.unique(grids.reshape(288, 16), axis=0)) == 288
     for line in (
@@ -54,23 +55,32 @@ def test_the_puzzles_have_one_solution_and_the_splits_share_no_grid():
         grids.reshape(288, 2, 2, 2, 2).transpose(0, 1, 3, 2, 4).reshape(288, 4, 4),
     ):
         assert np.all(np.sort(line, axis=2) == np.arange(4))
-    puzzles, solutions = make_puzzles(grids[:200], grids, 50, (4, 7), 0)
+    puzzles, solved = make_puzzles(grids[:200], 50, (4, 7), 0)
     given = puzzles.sum(-1) > 0
     assert np.all((given.sum((1, 2)) >= 4) & (given.sum((1, 2)) <= 7))
-    for puzzle, solution, mask in zip(puzzles.argmax(-1), solutions.argmax(-1), given, strict=True):
+    for puzzle, solution, mask in zip(puzzles.argmax(-1), solved.argmax(-1), given, strict=True):
         assert np.all(puzzle[mask] == solution[mask])
         assert np.sum(np.all(grids[:, mask] == solution[mask], axis=1)) == 1
         assert any(np.all(grid == solution) for grid in grids[:200])
 
 
-def test_the_two_models_have_as_many_parameters(getkey):
-    sizes = [
-        sum(
-            leaf.size
-            for leaf in jax.tree.leaves(eqx.filter(make(SudokuConfig(model=name), key=getkey()), eqx.is_inexact_array))
-        )
-        for name in ("optnet", "mlp")
-    ]
+def test_large_boards():
+    grids = full_grids(9, 4, seed=0)
+    lines = (grids, grids.transpose(0, 2, 1), grids.reshape(4, 3, 3, 3, 3).swapaxes(2, 3).reshape(4, 9, 9))
+    assert all(np.all(np.sort(line, axis=2) == np.arange(9)) for line in lines)
+    puzzles, solved = make_puzzles(grids[:2], 3, (30, 32), 0)
+    for puzzle, solution in zip(puzzles, solved, strict=True):
+        board = np.where(puzzle.sum(-1) > 0, puzzle.argmax(-1), -1)
+        assert 30 <= np.sum(board >= 0) <= 32
+        assert [np.ravel(solution.argmax(-1)).tolist()] == list(solutions(board.ravel().tolist(), 9))
+    assert list(solutions([0, 0] + [-1] * 14, 4)) == []
+
+
+@pytest.mark.parametrize("side", [4, 9])
+def test_the_two_models_have_as_many_parameters(side, getkey):
+    count = lambda model: sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
+    config = lambda name: SudokuConfig(side, name, DEFAULTS[side]["equations"], DEFAULTS[side]["width"])
+    sizes = [count(make(config(name), key=getkey())) for name in ("optnet", "mlp")]
     assert abs(sizes[0] - sizes[1]) < 0.02 * sizes[0]
 
 
@@ -79,6 +89,8 @@ def test_the_two_models_have_as_many_parameters(getkey):
     [
         ({"clues": (3, 7)}, "Fewer than 4"),
         ({"equations": 64}, "fewer than the 64"),
+        ({"side": 9, "clues": (20, 40)}, "Fewer than 30"),
+        ({"side": 5}, "side must be 4 or 9"),
         ({"held_out": 1.0}, "held_out"),
         ({"steps": 0}, "steps"),
     ],

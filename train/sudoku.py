@@ -14,33 +14,44 @@ only 288 full 4 x 4 grids, so a random split of puzzles shares nearly every solu
 cell of it is. The weights are those of the last step; nothing is selected on either set.
 """
 
+# Fields that are None take the default of their board's side, before anything reads them.
+# pyright: reportArgumentType=false, reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalIterable=false
+
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from .loop.fit import TrainState
+
+
+FEWEST_CLUES = {4: 4, 9: 30}
+DEFAULTS: dict[int, dict[str, Any]] = {
+    4: {"equations": 40, "width": 20, "clues": (4, 7), "puzzles": 3000, "steps": 1500, "batch_size": 100, "lr": 5e-2},
+    9: {"equations": 260, "width": 130, "clues": (40, 55), "puzzles": 4000, "steps": 600, "batch_size": 16, "lr": 2e-2},
+}
+GRIDS = 1000  # random full grids of side 9; of side 4 all 288 are taken
 
 
 @dataclass(frozen=True)
 class Config:
     model: Literal["optnet", "mlp"] = "optnet"
-    equations: int = 40
+    side: Literal[4, 9] = 4
+    """Rows, columns and digits of a board. The defaults of the fields below that are None depend on it: see `DEFAULTS`."""
+    equations: int | None = None
     """Rows of the learnt constraint matrix."""
-    width: int = 20
-    """Hidden units of the network; 20 give it as many parameters as the layer has."""
-    clues: tuple[int, int] = (4, 7)
+    width: int | None = None
+    """Hidden units of the network; by default it has as many parameters as the layer."""
+    clues: tuple[int, int] | None = None
     """Fewest and most cells that are given."""
-    puzzles: int = 3000
+    puzzles: int | None = None
     """Training puzzles."""
     held_out: float = 0.2
     """Share of the full grids of which no puzzle is trained on."""
 
-    steps: int = 1500
-    batch_size: int = 100
-    lr: float = 5e-2
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
     """Peak learning rate: a cosine to zero."""
     seed: int = 0
 
@@ -56,70 +67,37 @@ class Config:
     """Devices to spread each batch over (default: all)."""
 
     def __post_init__(self):
+        if self.side not in DEFAULTS:
+            raise ValueError(f"side must be 4 or 9, but is {self.side}.")
+        for name, value in DEFAULTS[self.side].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in "equations width puzzles steps batch_size log_every eval_every save_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, but is {self.held_out}.")
-        low, high = self.clues
-        if not 4 <= low <= high <= 15:
+        (low, high), fewest, cells = self.clues, FEWEST_CLUES[self.side], self.side**2
+        if not fewest <= low <= high < cells:
             raise ValueError(
-                f"clues must be two numbers, 4 <= fewest <= most <= 15, but are {low} and {high}. Fewer than 4 fix no board."
+                f"clues must be two numbers, {fewest} <= fewest <= most < {cells}, but are {low} and {high}. "
+                f"Fewer than {fewest} leave no way, or hardly any, to fix a board of side {self.side}."
             )
-        if self.equations >= 64:
-            raise ValueError(f"equations must be fewer than the 64 unknowns, but are {self.equations}.")
+        if self.equations >= self.side**3:
+            raise ValueError(f"equations must be fewer than the {self.side**3} unknowns, but are {self.equations}.")
 
     @property
     def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"sudoku-{self.model}-{self.seed}"
+        return (
+            self.out
+            if self.out is not None
+            else Path("runs") / f"sudoku{'' if self.side == 4 else self.side}-{self.model}-{self.seed}"
+        )
 
     def identity(self) -> dict[str, Any]:
         """The fields that determine the result: a folder holds one run of these."""
         free = "out resume log_every eval_every save_every tensorboard plots devices".split()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in free}
-
-
-def full_grids() -> "np.ndarray":
-    """All 288 solved 4 x 4 boards, digits 0 to 3: (288, 4, 4)."""
-    import numpy as np
-
-    grids: list[list[int]] = [[]]
-    for cell in range(16):
-        row, column = divmod(cell, 4)
-        peers = [
-            i
-            for i in range(cell)
-            if i // 4 == row or i % 4 == column or (i // 8 == cell // 8 and i % 4 // 2 == column // 2)
-        ]
-        grids = [grid + [digit] for grid in grids for digit in range(4) if all(grid[i] != digit for i in peers)]
-    return np.array(grids).reshape(-1, 4, 4)
-
-
-def make_puzzles(
-    grids: "np.ndarray", every: "np.ndarray", count: int, clues: tuple[int, int], seed
-) -> "tuple[np.ndarray, np.ndarray]":
-    """`count` puzzles with a unique solution among `grids`: (puzzles, solutions), one-hot (count, 4, 4, 4) float32."""
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    flat, everything = grids.reshape(-1, 16), every.reshape(-1, 16)
-    puzzles, solutions = np.zeros((count, 16, 4), np.float32), np.zeros((count, 16, 4), np.float32)
-    made = 0
-    while made < count:
-        solution, wanted = flat[rng.integers(len(flat))], rng.integers(clues[0], clues[1] + 1)
-        given = np.ones(16, bool)
-        for cell in rng.permutation(16):
-            if given.sum() == wanted:
-                break
-            given[cell] = False
-            # Unique: no other board agrees with all that is given.
-            if np.sum(np.all(everything[:, given] == solution[given], axis=1)) > 1:
-                given[cell] = True
-        if given.sum() == wanted:
-            solutions[made, np.arange(16), solution] = 1
-            puzzles[made] = solutions[made] * given[:, None]
-            made += 1
-    return puzzles.reshape(-1, 4, 4, 4), solutions.reshape(-1, 4, 4, 4)
 
 
 def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
@@ -138,27 +116,29 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     from .loop.data import shuffled_batches
     from .loop.devices import start
     from .loop.fit import fit, mean_over
+    from .loop.puzzles import full_grids, make_puzzles
 
     began = time.perf_counter()
     mesh = start(config.devices)
     if config.batch_size % mesh.size:
         raise ValueError(f"batch_size must be a multiple of the {mesh.size} devices, but is {config.batch_size}.")
-    every = full_grids()
+    every = full_grids(config.side, None if config.side == 4 else GRIDS)
     # The split does not change with the run's seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(every))
     cut = round(config.held_out * len(every))
     unseen, seen = every[order[:cut]], every[order[cut:]]
-    train_set = make_puzzles(seen, every, config.puzzles, config.clues, 1)
+    count = 1000 if config.side == 4 else 200
+    train_set = make_puzzles(seen, config.puzzles, config.clues, 1)
     tests = {
-        "puzzles": make_puzzles(seen, every, 1000, config.clues, 2),
-        "grids": make_puzzles(unseen, every, 1000, config.clues, 3),
+        "puzzles": make_puzzles(seen, count, config.clues, 2),
+        "grids": make_puzzles(unseen, count, config.clues, 3),
     }
     known = {puzzle.tobytes() for puzzle in train_set[0]}
     fresh = np.array([puzzle.tobytes() not in known for puzzle in tests["puzzles"][0]])
     tests["puzzles"] = (tests["puzzles"][0][fresh], tests["puzzles"][1][fresh])
 
     model_key, train_key = jr.split(jr.key(config.seed))
-    model = make(SudokuConfig(4, config.model, config.equations, config.width), key=model_key)
+    model = make(SudokuConfig(config.side, config.model, config.equations, config.width), key=model_key)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     optimizer = optax.adam(optax.cosine_decay_schedule(config.lr, config.steps))
 
@@ -175,7 +155,13 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
 
     def metric(model, puzzle, solution):
         output = model(puzzle)
-        return {"board_error": wrong(output, solution), "loss": jnp.mean((output - solution) ** 2)}
+        empty = jnp.sum(puzzle, -1) == 0
+        missed = empty & (jnp.argmax(output, -1) != jnp.argmax(solution, -1))
+        return {
+            "board_error": wrong(output, solution),
+            "cell_error": jnp.sum(missed) / jnp.sum(empty),
+            "loss": jnp.mean((output - solution) ** 2),
+        }
 
     evaluators = [mean_over(metric, arrays, mesh=mesh, prefix=name) for name, arrays in tests.items()]
 
@@ -206,17 +192,19 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         from .loop.sudoku_plots import plot_boards, plot_rules
 
         if config.model == "optnet":
-            plot_rules(np.asarray(state.model.layer.A), config.directory / "rules.png")
+            plot_rules(np.asarray(state.model.layer.A), config.side, config.directory / "rules.png")
             files.append("rules.png")
         answer = eqx.filter_jit(lambda model, puzzles: jax.vmap(model)(puzzles))
         outputs = np.asarray(answer(state.model, tests["grids"][0][:6]))
         plot_boards(tests["grids"][0][:6], outputs, tests["grids"][1][:6], config.directory / "boards.png")
         files.append("boards.png")
     print(f"\n{config.model}, {parameters} parameters")
-    print(
-        f"board error    {result['puzzles/board_error']:.2%} of {len(tests['puzzles'][0])} new puzzles of known grids"
-    )
-    print(f"               {result['grids/board_error']:.2%} of {len(tests['grids'][0])} puzzles of held-out grids")
+    what = {"puzzles": "new puzzles of known grids", "grids": "puzzles of held-out grids"}
+    for name, (arrays, _) in tests.items():
+        board, cell = result[f"{name}/board_error"], result[f"{name}/cell_error"]
+        print(
+            f"wrong          {board:7.2%} of the boards, {cell:6.2%} of the empty cells of {len(arrays)} {what[name]}"
+        )
     seconds = time.perf_counter() - began
     print(f"time           {seconds:.1f} s with compilation, on {mesh.size} {jax.default_backend()} device(s)")
     print(f"files          {config.directory.resolve()}: {', '.join(files)}")

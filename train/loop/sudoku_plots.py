@@ -1,5 +1,6 @@
 """Figures of a Sudoku run: what was learnt of the rules, and some boards."""
 
+from math import isqrt
 from pathlib import Path
 
 import matplotlib
@@ -11,15 +12,16 @@ import numpy as np
 from jaxtyping import Float
 
 
-def true_rules() -> np.ndarray:
-    """The 64 rules of a 4 x 4 board as rows over its 64 unknowns: one digit a cell; each digit once a row, column and block."""
-    rules = []
-    unknown = np.arange(64).reshape(4, 4, 4)
-    for i in range(4):
-        for j in range(4):
-            rows, columns = 2 * (i // 2) + np.array([0, 0, 1, 1]), 2 * (i % 2) + np.array([0, 1, 0, 1])
+def true_rules(side: int) -> np.ndarray:
+    """The 4 side^2 rules of a board as rows over its side^3 unknowns: one digit a cell; each digit once a row, column and block."""
+    k, rules = isqrt(side), []
+    unknown = np.arange(side**3).reshape(side, side, side)
+    row, column = np.divmod(np.arange(side), k)
+    for i in range(side):
+        for j in range(side):
+            rows, columns = k * (i // k) + row, k * (i % k) + column
             for cells in (unknown[i, j, :], unknown[i, :, j], unknown[:, i, j], unknown[rows, columns, j]):
-                rules.append(np.isin(np.arange(64), cells).astype(float))
+                rules.append(np.isin(np.arange(side**3), cells).astype(float))
     return np.array(rules)
 
 
@@ -37,18 +39,18 @@ def projector(rows: np.ndarray) -> np.ndarray:
     return span.T @ span
 
 
-def plot_rules(A: Float[np.ndarray, "p n"], path: str | Path) -> None:
+def plot_rules(A: Float[np.ndarray, "p n"], side: int, path: str | Path) -> None:
     """The row space of the learnt equations beside that of the true rules, and how much of each rule was found."""
-    rules = true_rules()
+    rules = true_rules(side)
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.4), layout="constrained")
     for ax, matrix, title in ((axes[0], rules, "True rules"), (axes[1], A, "Learnt equations")):
-        image = ax.imshow(projector(matrix), cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+        image = ax.imshow(projector(matrix), cmap="RdBu_r", vmin=-2 / side, vmax=2 / side)
         rank = round(np.trace(projector(matrix)))
         ax.set(title=f"{title} (rank {rank})", xlabel="unknown: row, column, digit", ylabel="the same")
     figure.colorbar(image, ax=axes[:2], shrink=0.8, label="projector on the row space")
-    found = explained(rules, A).reshape(16, 4)
+    found = explained(rules, A).reshape(side * side, 4)
     for i in range(4):
-        axes[2].plot(i + np.linspace(-0.3, 0.3, 16), np.sort(found[:, i]), "o", ms=4)
+        axes[2].plot(i + np.linspace(-0.3, 0.3, side * side), np.sort(found[:, i]), "o", ms=4)
     random = np.sqrt(np.linalg.matrix_rank(A) / A.shape[1])
     axes[2].axhline(random, color="0.6", lw=1)
     axes[2].annotate(
@@ -66,29 +68,31 @@ def plot_rules(A: Float[np.ndarray, "p n"], path: str | Path) -> None:
 
 def plot_boards(puzzles, outputs, solutions, path: str | Path) -> None:
     """Puzzles (clues black) with the answers: green where right, red where wrong."""
-    figure, axes = plt.subplots(1, len(puzzles), figsize=(2.2 * len(puzzles), 2.5), layout="constrained")
+    side = puzzles.shape[1]
+    size = 2.2 * (side / 4) ** 0.5
+    figure, axes = plt.subplots(1, len(puzzles), figsize=(size * len(puzzles), size + 0.3), layout="constrained")
     for ax, puzzle, output, solution in zip(np.atleast_1d(axes), puzzles, outputs, solutions, strict=True):
         answer, truth, given = output.argmax(-1), solution.argmax(-1), puzzle.sum(-1) > 0
-        for row in range(4):
-            for column in range(4):
+        for row in range(side):
+            for column in range(side):
                 right = answer[row, column] == truth[row, column]
                 colour = "black" if given[row, column] else "#3a9d5d" if right else "#d62728"
                 weight = "bold" if given[row, column] else "normal"
                 text = str(answer[row, column] + 1)
                 ax.text(
                     column + 0.5,
-                    3.5 - row,
+                    side - 0.5 - row,
                     text,
                     ha="center",
                     va="center",
                     color=colour,
-                    fontsize=15,
+                    fontsize=round(22 / side**0.5) + 4,
                     fontweight=weight,
                 )
-        for line in range(5):
-            width = 1.8 if line % 2 == 0 else 0.6
-            ax.plot([line, line], [0, 4], color="0.3", lw=width)
-            ax.plot([0, 4], [line, line], color="0.3", lw=width)
+        for line in range(side + 1):
+            width = 1.8 if line % isqrt(side) == 0 else 0.6
+            ax.plot([line, line], [0, side], color="0.3", lw=width)
+            ax.plot([0, side], [line, line], color="0.3", lw=width)
         ax.set(aspect="equal", title="solved" if np.all(answer == truth) else "wrong")
         ax.axis("off")
     figure.savefig(path, dpi=110)
