@@ -3,6 +3,7 @@
     python -m benchmarks.quadratic_programs            every size in float64 and float32; up to 40 minutes on 2 CPU cores
     python -m benchmarks.quadratic_programs --quick    two sizes, a few minutes
     python -m benchmarks.quadratic_programs --sizes 128x100 --dtypes float64 --equations half
+    python -m benchmarks.quadratic_programs --scaling  time against the batch, 1 to 4096, and against n, 10 to 500; a figure; 15 minutes
 
 Problems: n variables, n inequalities, n/2 equations or none; Q = L L' + 1e-3 I with L ~ U[0, 1] (condition about 1e6 at n = 100), or
 with --well L normal, Q = L L'/n + I, rows of unit length. The time is that of the solution and of its product with a cotangent,
@@ -34,6 +35,12 @@ from .shared import machine, versions
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 SIZES = ((1, 10), (128, 10), (128, 100), (32, 200), (1, 500))
+SCALING_N, SCALING_BATCH = 10, 16
+SCALING = (
+    *((batch, SCALING_N) for batch in (1, 8, 64, 512, 4096)),
+    *((SCALING_BATCH, n) for n in (10, 20, 50, 100, 200, 500)),
+)
+SCALING_METHODS = ("declarative", "qpth", "qpax, implicit backend", "ProxQP")
 BLOCKS = ("Q", "q", "A", "b", "G", "h")
 NEEDS = {
     "declarative": "declarative",
@@ -324,6 +331,32 @@ def measure(case: Case, methods: list[str], rounds: int, patience: float) -> lis
     return rows
 
 
+def plot_scaling(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Time of a solution and its gradient against the batch (n fixed) and against n (batch fixed), one line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    panels = (("batch", "n", SCALING_N, "programs in the batch"), ("n", "batch", SCALING_BATCH, "variables n"))
+    for ax, (over, fixed, value, label) in zip(axes, panels, strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method and row[fixed] == value and "ms" in row]
+            mine = sorted({row[over]: row["ms"] for row in mine}.items())
+            ours = method.startswith("declarative")
+            ax.plot(
+                *zip(*mine, strict=True), "o-", ms=4, lw=2.4 if ours else 1.2, label=method, zorder=3 if ours else 2
+            )
+        what = f"n = {value}, {value // 2} equations, {value} inequalities" if fixed == "n" else f"a batch of {value}"
+        ax.set(xscale="log", yscale="log", xlabel=label, title=what)
+        ax.grid(True, which="major", color="0.9")
+    axes[0].set_ylabel("solution and gradient, ms")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     base = next((row["ms"] for row in rows if row["method"] == "declarative" and "ms" in row), None)
     lines = [
@@ -346,6 +379,7 @@ def main() -> int:
     parser.add_argument(
         "--quick", action="store_true", help="128 x 10 and 128 x 100 in float64, half as many equations"
     )
+    parser.add_argument("--scaling", action="store_true", help="against batch and n, float64, half as many equations")
     parser.add_argument("--sizes", nargs="+", help="like 128x100; default: all")
     parser.add_argument("--dtypes", nargs="+", choices=("float64", "float32"), default=("float64", "float32"))
     parser.add_argument("--equations", nargs="+", choices=("half", "none"), default=("half", "none"))
@@ -370,6 +404,10 @@ def main() -> int:
             7,
         )
 
+    if arguments.scaling:
+        sizes, arguments.dtypes, arguments.equations = SCALING, ("float64",), ("half",)
+        arguments.methods, arguments.rounds = SCALING_METHODS, 5
+
     about = {
         "benchmark": "quadratic_programs",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -379,14 +417,18 @@ def main() -> int:
         "machine": machine(),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
+    every = []
     for equations in arguments.equations:
         for dtype in arguments.dtypes:
             for batch, n in sizes:
                 case = Case(batch, n, n // 2 if equations == "half" else 0, dtype, arguments.well)
                 rows = measure(case, list(arguments.methods), arguments.rounds, arguments.patience)
+                every += rows
                 print(f"\n{case}\n{table(rows)}", flush=True)
                 with open(arguments.out / "quadratic_programs.jsonl", "a") as file:
                     file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+    if arguments.scaling:
+        plot_scaling(every, arguments.out / "quadratic_programs.png")
     return 0
 
 

@@ -5,6 +5,7 @@ the output is `(s, s, s)`, a score for each digit of each cell.
 """
 
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import equinox as eqx
@@ -25,6 +26,8 @@ class SudokuConfig:
     """Rows of the learnt constraint matrix."""
     width: int = 20
     """Hidden units of the network; 20 give it as many parameters as the layer has."""
+    start: float = log(2)
+    """Each entry of the point that satisfies the equations, before training. A solved board's entries are 1 / side in the mean."""
 
 
 class SudokuOptNet(eqx.Module):
@@ -48,7 +51,8 @@ class SudokuOptNet(eqx.Module):
         )
         # As in the paper: entries of A uniform in [0, 1], so that rules of the form "these cells add up to ..." lie near.
         A = jr.uniform(key, (config.equations, cells), jnp.float32)
-        self.layer = eqx.tree_at(lambda layer: layer.A, layer, A)
+        point = jnp.full_like(layer.point, jnp.log(jnp.expm1(config.start)))
+        self.layer = eqx.tree_at(lambda layer: (layer.A, layer.point), layer, (A, point))
 
     def __call__(self, puzzle: Float[Array, "s s s"]) -> Float[Array, "s s s"]:
         return self.layer(-puzzle.ravel()).reshape(puzzle.shape)

@@ -18,6 +18,7 @@ cell of it is. The weights are those of the last step; nothing is selected on ei
 # pyright: reportArgumentType=false, reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalIterable=false
 
 from dataclasses import asdict, dataclass
+from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,8 +28,26 @@ if TYPE_CHECKING:
 
 FEWEST_CLUES = {4: 4, 9: 30}
 DEFAULTS: dict[int, dict[str, Any]] = {
-    4: {"equations": 40, "width": 20, "clues": (4, 7), "puzzles": 3000, "steps": 1500, "batch_size": 100, "lr": 5e-2},
-    9: {"equations": 260, "width": 130, "clues": (40, 55), "puzzles": 4000, "steps": 600, "batch_size": 16, "lr": 2e-2},
+    4: {
+        "equations": 40,
+        "width": 20,
+        "start": log(2),
+        "clues": (4, 7),
+        "puzzles": 3000,
+        "steps": 1500,
+        "batch_size": 100,
+        "lr": 5e-2,
+    },
+    9: {
+        "equations": 260,
+        "width": 130,
+        "start": 0.11,
+        "clues": (40, 55),
+        "puzzles": 4000,
+        "steps": 600,
+        "batch_size": 16,
+        "lr": 2e-2,
+    },
 }
 GRIDS = 1000  # random full grids of side 9; of side 4 all 288 are taken
 
@@ -42,6 +61,8 @@ class Config:
     """Rows of the learnt constraint matrix."""
     width: int | None = None
     """Hidden units of the network; by default it has as many parameters as the layer."""
+    start: float | None = None
+    """Entries of the layer's feasible point before training."""
     clues: tuple[int, int] | None = None
     """Fewest and most cells that are given."""
     puzzles: int | None = None
@@ -127,7 +148,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     order = np.random.default_rng(0).permutation(len(every))
     cut = round(config.held_out * len(every))
     unseen, seen = every[order[:cut]], every[order[cut:]]
-    count = 1000 if config.side == 4 else 200
+    count = 1000 if config.side == 4 else 100
     train_set = make_puzzles(seen, config.puzzles, config.clues, 1)
     tests = {
         "puzzles": make_puzzles(seen, count, config.clues, 2),
@@ -138,7 +159,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     tests["puzzles"] = (tests["puzzles"][0][fresh], tests["puzzles"][1][fresh])
 
     model_key, train_key = jr.split(jr.key(config.seed))
-    model = make(SudokuConfig(config.side, config.model, config.equations, config.width), key=model_key)
+    model = make(SudokuConfig(config.side, config.model, config.equations, config.width, config.start), key=model_key)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array)))
     optimizer = optax.adam(optax.cosine_decay_schedule(config.lr, config.steps))
 
