@@ -115,7 +115,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
 
     from models.attention import TransformerConfig, VisionTransformer
 
-    from .loop.data import load_folder, shuffled_batches
+    from .loop.data import load_folder, shuffled_batches, sklearn_digits
     from .loop.devices import start
     from .loop.fit import fit, mean_over
 
@@ -256,19 +256,6 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         files = ["metrics.jsonl", "checkpoints/"] + ["curves.png", "attention.png"] * config.plots
         print(f"files          {config.directory.resolve()}: {', '.join(files)}")
     return state, result
-
-
-def sklearn_digits():
-    """(train, test) of scikit-learn's digits: images (n, 8, 8) float32 in [0, 1], labels int32; a stratified 80/20 split."""
-    import numpy as np
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits: Any = load_digits()
-    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)
-    # The split does not change with the run's seed, so that runs can be compared.
-    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return (images[train], labels[train]), (images[test], labels[test])
 
 
 def main(args: list[str] | None = None) -> None:

@@ -144,3 +144,15 @@ def load_folder(path: str | Path) -> tuple[tuple[np.ndarray, np.ndarray], tuple[
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(f"{path}: training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}.")
     return train, test
+
+
+def sklearn_digits():
+    """(train, test) of scikit-learn's digits: images (n, 8, 8) float32 in [0, 1], labels int32; a stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)  # pyright: ignore[reportAttributeAccessIssue]
+    # The split does not change with the run's seed, so that runs can be compared.
+    train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return (images[train], labels[train]), (images[test], labels[test])
