@@ -7,6 +7,8 @@ import pathlib
 # only, so it changes no result.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# SciPy's LAPACK, which JAX calls on CPU, spins in its threads: beside other load that costs small matrices a hundredfold.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.random as jr

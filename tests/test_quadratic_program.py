@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import optimistix as optx
 import pytest
@@ -363,3 +364,26 @@ def test_a_set_that_no_point_satisfies_is_left_again():
     s = QUIET.solve(jnp.full(3, 0.2, jnp.float32), -v, G=c, h=h, lower=0.0, upper=1.0)
     assert s.result == dn.RESULTS.successful
     np.testing.assert_allclose(s.value, [1, 1, (1.786 - 0.94 - 0.84) / 1.04], atol=2e-6)
+
+
+def test_what_a_batch_shares_stays_shared(getkey):
+    n, p, batch = 30, 24, 32
+    keys = jr.split(getkey(), 4)
+    Q, A = jnp.eye(n) * 2, jr.normal(keys[0], (p, n))
+    q, z = jr.normal(keys[1], (batch, n)), jr.normal(keys[2], (batch, n))
+    b = z @ A.T
+
+    def solve(Q, A, q, b):
+        return QUIET(Q, q, A=A, b=b, lower=-3.0)
+
+    def compiled(axes, *args):
+        program = jax.jit(jax.vmap(solve, in_axes=axes)).lower(*args).compile()
+        analysis = program.memory_analysis()
+        assert analysis is not None
+        return program(*args), analysis.temp_size_in_bytes
+
+    stack = lambda leaf: jnp.broadcast_to(leaf, (batch, *leaf.shape))
+    one, shared = compiled((None, None, 0, 0), Q, A, q, b)
+    each, own = compiled(0, stack(Q), stack(A), q, b)
+    tree_close(one, each, 1e-9)
+    assert shared < own / 3

@@ -154,3 +154,37 @@ def test_misuse_is_named(getkey):
     ours, _ = both(revnet, 2)
     with pytest.raises(ValueError, match="jnp.split"):
         ours(jnp.ones(2 * WIDTH))
+
+
+@pytest.mark.slow
+def test_a_few_steps_learn_and_draw(tmp_path, monkeypatch):
+    import train.revnet
+
+    monkeypatch.setattr(train.revnet, "DEPTHS", (2, 6))
+    config = train.revnet.Config(
+        depth=3, steps=40, batch_size=64, out=tmp_path, eval_every=40, save_every=40, tensorboard=False, devices=1
+    )
+    _, result = train.revnet.train(config)
+    assert result["test/accuracy"] > 0.5
+    assert (tmp_path / "costs.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("fields", "message"), [({"depth": 0}, "depth"), ({"gamma": 0.0}, "gamma")])
+def test_wrong_arguments_are_named(fields, message):
+    from train.revnet import Config
+
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize("model", ["revnet", "momentum", "resnet"])
+def test_the_models_map_images_to_logits_and_are_of_one_size(model, getkey):
+    from models.revnet import RevNetConfig, make
+
+    count = lambda name: sum(
+        leaf.size
+        for leaf in jtu.tree_leaves(eqx.filter(make(RevNetConfig(model=name, depth=2), key=jr.key(0)), eqx.is_array))
+    )
+    network = make(RevNetConfig(model=model, depth=2), key=getkey())
+    assert network(jnp.ones((8, 8), jnp.float32)).shape == (10,)
+    assert abs(count(model) - count("resnet")) < 0.05 * count("resnet")
