@@ -11,7 +11,8 @@ for a batch. Each contender has a process of its own (some stop answering under 
 is given up, and the table says so), and they take turns: compare the ratios of one table, not milliseconds across tables.
 
 Errors: one relative error per problem over all data gradients together, against the exact derivative of the active set in NumPy
-and float64, on the data as rounded to the dtype; median and maximum over the batch. qpax differentiates a relaxed problem by
+and float64, on the data as rounded to the dtype; median and maximum over the problems that are not answered by NaN (ours are, where the
+solve is flagged), whose number is shown. qpax differentiates a relaxed problem by
 design, and cvxpylayers runs at its default tolerance.
 """
 
@@ -21,6 +22,7 @@ design, and cvxpylayers runs at its default tolerance.
 import argparse
 import datetime
 import importlib.util
+import itertools
 import json
 import multiprocessing as mp
 import pathlib
@@ -237,40 +239,47 @@ def work(connection, method: str, case: Case):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def truth(blocks: dict[str, np.ndarray], i: int, guess: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
+def truth(blocks: dict[str, np.ndarray], i: int, guesses) -> tuple[np.ndarray, dict[str, np.ndarray], float]:
     """Solution and data gradients of problem i by its active set, found from a guess, changed until all signs are right."""
     Q, q, A, b, G, h, c = (blocks[name][i].astype(np.float64) for name in (*BLOCKS, "cotangent"))
     n, p = q.size, b.size
-    active = h - G @ guess < 1e-4 * (1 + np.abs(h))
-    for _ in range(200):
-        on = np.flatnonzero(active)
-        rows = np.concatenate([A, G[on]])
-        kkt = np.block([[Q, rows.T], [rows, np.zeros((rows.shape[0],) * 2)]])
-        solution = np.linalg.solve(kkt, np.concatenate([-q, b, h[on]]))
-        z, lam = solution[:n], np.zeros(h.size)
-        lam[on] = solution[n + p :]
-        slack = h - G @ z
-        wrong = np.where(active, -lam * (lam < 0), -slack * (slack < -1e-9))
-        if not np.any(wrong > 0):
-            break
-        worst = np.argmax(wrong)
-        active[worst] = ~active[worst]
-    else:
-        raise RuntimeError("no active set found")
-    back = np.linalg.solve(kkt, np.concatenate([-c, np.zeros(rows.shape[0])]))
+    for guess, touching in itertools.product(guesses, (1e-4, 1e-6, 1e-8)):
+        active = h - G @ guess < touching * (1 + np.abs(h))
+        for _ in range(200):
+            on = np.flatnonzero(active)
+            rows = np.concatenate([A, G[on]])
+            kkt = np.block([[Q, rows.T], [rows, np.zeros((rows.shape[0],) * 2)]])
+            if len(rows) > n:
+                break
+            solution = np.linalg.solve(kkt, np.concatenate([-q, b, h[on]]))
+            z, lam = solution[:n], np.zeros(h.size)
+            lam[on] = solution[n + p :]
+            slack = h - G @ z
+            wrong = np.where(active, -lam * (lam < 0), -slack * (slack < -1e-9))
+            if not np.any(wrong > 0):
+                back = np.linalg.solve(kkt, np.concatenate([-c, np.zeros(rows.shape[0])]))
+                return z, *_gradients(z, solution, back, on, h.size, p), float(np.linalg.cond(kkt))
+            worst = np.argmax(wrong)
+            active[worst] = ~active[worst]
+    raise RuntimeError(f"no active set found for problem {i}")
+
+
+def _gradients(z, solution, back, on, m: int, p: int):
+    n = z.size
     index = np.concatenate([np.arange(p), p + on])
-    multipliers, shifts = np.zeros(p + h.size), np.zeros(p + h.size)
+    multipliers, shifts = np.zeros(p + m), np.zeros(p + m)
     multipliers[index], shifts[index] = solution[n:], back[n:]
     d, both = back[:n], np.outer(shifts, z) + np.outer(multipliers, back[:n])
-    grads = {
-        "Q": (np.outer(d, z) + np.outer(z, d)) / 2,
-        "q": d,
-        "A": both[:p],
-        "b": -shifts[:p],
-        "G": both[p:],
-        "h": -shifts[p:],
-    }
-    return z, grads, float(np.linalg.cond(kkt))
+    return (
+        {
+            "Q": (np.outer(d, z) + np.outer(z, d)) / 2,
+            "q": d,
+            "A": both[:p],
+            "b": -shifts[:p],
+            "G": both[p:],
+            "h": -shifts[p:],
+        },
+    )
 
 
 def errors(answer, references) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +294,7 @@ def errors(answer, references) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(case: Case, methods: list[str], rounds: int, patience: float) -> list[dict[str, Any]]:
     context, rows, running = mp.get_context("spawn"), [], []
-    blocks, references = data(case), None
+    blocks, answers = data(case), []
     for method in methods:
         row: dict[str, Any] = {**case._asdict(), "method": method}
         rows.append(row)
@@ -304,13 +313,19 @@ def measure(case: Case, methods: list[str], rounds: int, patience: float) -> lis
             row["state"] = first
             continue
         row["first call s"], answer = first
-        if references is None:
-            references = [truth(blocks, i, answer[0][i].astype(np.float64)) for i in range(case.batch)]
-            row["condition"] = max(condition for _, _, condition in references)
-        of_z, of_grads = errors(answer, references)
-        row |= {"z median": float(np.median(of_z)), "z max": float(of_z.max())}
-        row |= {"gradient median": float(np.median(of_grads)), "gradient max": float(of_grads.max())}
+        answers.append((row, answer))
         running.append((row, ours, process, []))
+    # The active set may start from anyone's answer: it is changed until every sign is right.
+    guesses = [answer[0] for _, answer in answers]
+    references = [truth(blocks, i, [guess[i].astype(np.float64) for guess in guesses]) for i in range(case.batch)]
+    for row, answer in answers:
+        of_z, of_grads = errors(answer, references)
+        row["condition"] = max(condition for _, _, condition in references)
+        answered = np.isfinite(of_z) & np.isfinite(of_grads)
+        row["not answered"] = int(np.sum(~answered))
+        for name, values in (("z", of_z[answered]), ("gradient", of_grads[answered])):
+            row[f"{name} median"] = float(np.median(values)) if values.size else float("nan")
+            row[f"{name} max"] = float(np.max(values)) if values.size else float("nan")
     for _ in range(rounds):
         for row, ours, process, seconds in running:
             if "state" in row or sum(seconds) > patience:
@@ -367,9 +382,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"{row['method']:26}{row['state']}")
             continue
         ratio = f"{row['ms'] / base:7.2f}x" if base else ""
+        missing = f"   {row['not answered']} answered by NaN" if row["not answered"] else ""
         lines.append(
             f"{row['method']:26}{row['ms']:15.2f} ms{ratio:>8}{row['first call s']:10.1f} s   {row['z median']:.1e}, {row['z max']:.1e}    "
-            f"{row['gradient median']:.1e}, {row['gradient max']:.1e}"
+            f"{row['gradient median']:.1e}, {row['gradient max']:.1e}{missing}"
         )
     return "\n".join(lines)
 

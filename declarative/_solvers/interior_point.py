@@ -159,8 +159,10 @@ def interior_point(
         state = _judge(program, state, eps, target)
         # Near the end rounding takes over and the iterates get worse: the best one is then good enough to be polished.
         close = state.error <= eps**0.4
-        # On the way to a certificate (kappa above tau) the error says nothing; otherwise four steps without progress are enough.
-        patience = jnp.where(close, 2, jnp.where(state.at.kappa < state.at.tau, 4, _STALL))
+        # On the way to a certificate (kappa above tau), and before it starts to fall, the error says nothing; otherwise four steps without
+        # progress are enough.
+        falling = (state.at.kappa < state.at.tau) & (state.error < 0.1)
+        patience = jnp.where(close, 2, jnp.where(falling, 4, _STALL))
         stopped = ~moved | (state.idle >= patience)
         code = jnp.where((state.code == -1) & stopped, jnp.where(close, OPTIMAL, STALLED), state.code)
         return eqx.tree_at(lambda state: state.code, state, code)
