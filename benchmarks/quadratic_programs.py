@@ -251,7 +251,10 @@ def truth(blocks: dict[str, np.ndarray], i: int, guesses) -> tuple[np.ndarray, d
             kkt = np.block([[Q, rows.T], [rows, np.zeros((rows.shape[0],) * 2)]])
             if len(rows) > n:
                 break
-            solution = np.linalg.solve(kkt, np.concatenate([-q, b, h[on]]))
+            try:
+                solution = np.linalg.solve(kkt, np.concatenate([-q, b, h[on]]))
+            except np.linalg.LinAlgError:
+                break
             z, lam = solution[:n], np.zeros(h.size)
             lam[on] = solution[n + p :]
             slack = h - G @ z
@@ -317,15 +320,19 @@ def measure(case: Case, methods: list[str], rounds: int, patience: float) -> lis
         running.append((row, ours, process, []))
     # The active set may start from anyone's answer: it is changed until every sign is right.
     guesses = [answer[0] for _, answer in answers]
-    references = [truth(blocks, i, [guess[i].astype(np.float64) for guess in guesses]) for i in range(case.batch)]
+    references = (
+        []
+        if not answers
+        else [truth(blocks, i, [guess[i].astype(np.float64) for guess in guesses]) for i in range(case.batch)]
+    )
     for row, answer in answers:
         of_z, of_grads = errors(answer, references)
         row["condition"] = max(condition for _, _, condition in references)
         answered = np.isfinite(of_z) & np.isfinite(of_grads)
         row["not answered"] = int(np.sum(~answered))
         for name, values in (("z", of_z[answered]), ("gradient", of_grads[answered])):
-            row[f"{name} median"] = float(np.median(values)) if values.size else float("nan")
-            row[f"{name} max"] = float(np.max(values)) if values.size else float("nan")
+            row[f"{name} median"] = float(np.median(values)) if values.size else None
+            row[f"{name} max"] = float(np.max(values)) if values.size else None
     for _ in range(rounds):
         for row, ours, process, seconds in running:
             if "state" in row or sum(seconds) > patience:
@@ -383,9 +390,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         ratio = f"{row['ms'] / base:7.2f}x" if base else ""
         missing = f"   {row['not answered']} answered by NaN" if row["not answered"] else ""
+        shown = lambda name, row=row: ", ".join(
+            "-" if row[f"{name} {which}"] is None else f"{row[f'{name} {which}']:.1e}" for which in ("median", "max")
+        )
         lines.append(
-            f"{row['method']:26}{row['ms']:15.2f} ms{ratio:>8}{row['first call s']:10.1f} s   {row['z median']:.1e}, {row['z max']:.1e}    "
-            f"{row['gradient median']:.1e}, {row['gradient max']:.1e}{missing}"
+            f"{row['method']:26}{row['ms']:15.2f} ms{ratio:>8}{row['first call s']:10.1f} s   {shown('z')}    "
+            f"{shown('gradient')}{missing}"
         )
     return "\n".join(lines)
 

@@ -142,6 +142,55 @@ def test_batch_statistics_are_updated_once(getkey):
     assert furthest(gradient, stored) < 1e-10
 
 
+def test_a_state_may_be_threaded_through_two_calls(getkey):
+    class Counted(eqx.Module):
+        linear: eqx.nn.Linear
+        index: eqx.nn.StateIndex
+
+        def __init__(self, key):
+            self.linear = eqx.nn.Linear(WIDTH, WIDTH, key=key, dtype=jnp.float64)
+            self.index = eqx.nn.StateIndex(jnp.ones(()))
+
+        def __call__(self, x, state):
+            scale = state.get(self.index)
+            return scale * jnp.tanh(self.linear(x)), state.set(self.index, 1.5 * scale)
+
+    def build(backward):
+        make = lambda key: dn.ReversibleBlock(*(Counted(key) for key in jr.split(key)))
+        return eqx.nn.make_with_state(lambda key: dn.ReversibleSequence(make, 3, key=key, backward=backward))(jr.key(0))
+
+    x = pair(getkey())
+
+    @eqx.filter_grad
+    def total(model, state):
+        y, new = model(x, state)
+        z, new = model(y, new)
+        return jnp.sum(z[0] ** 2) + jnp.sum(jnp.stack(jtu.tree_leaves(new)))
+
+    gradients = [total(*build(backward)) for backward in ("reconstruct", "store")]
+    assert furthest(*gradients) < 1e-12
+    model, state = build("reconstruct")
+    y, _ = model(x, state)
+    assert furthest(model.inverse(y, state), x) < 1e-12  # the state that went in is still there
+
+
+@pytest.mark.parametrize("make", [dn.MomentumBlock, lambda f: dn.ReversibleBlock(f, f)])
+def test_a_branch_of_lower_precision(make, getkey):
+    class Half(eqx.Module):
+        net: eqx.nn.MLP
+
+        def __call__(self, x):
+            return self.net(x.astype(jnp.float32))
+
+    build = lambda backward: dn.ReversibleSequence(
+        lambda key: make(Half(Branch(key, jnp.float32).net)), 3, key=jr.key(0), backward=backward
+    )
+    x = pair(getkey())
+    with jax.numpy_dtype_promotion("standard"):
+        ours, stored = (eqx.filter_grad(loss)((build(backward), x), None) for backward in ("reconstruct", "store"))
+    assert furthest(ours, stored) < 1e-5
+
+
 def test_misuse_is_named(getkey):
     with pytest.raises(ValueError, match="depth"):
         dn.ReversibleSequence(revnet, 0, key=getkey())
@@ -154,6 +203,11 @@ def test_misuse_is_named(getkey):
     ours, _ = both(revnet, 2)
     with pytest.raises(ValueError, match="jnp.split"):
         ours(jnp.ones(2 * WIDTH))
+    short = dn.ReversibleSequence(lambda key: dn.ReversibleBlock(lambda x: x[:1], jnp.tanh), 2, key=getkey())
+    with pytest.raises(ValueError, match="must return the shape"):
+        short((jnp.ones(3), jnp.ones(3)))
+    zero = jtu.tree_map(jnp.zeros_like, pair(getkey()))
+    assert jnp.isfinite(ours.round_trip(zero))
 
 
 @pytest.mark.slow

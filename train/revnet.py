@@ -2,9 +2,9 @@
 
     python -m train.revnet                              a RevNet of 16 blocks
     python -m train.revnet --model resnet               the residual network of as many parameters
-    python -m train.revnet --depth 128 --model momentum
+    python -m train.revnet --depth 128 --model momentum --gamma 0.98
 
-The run ends with what the gradient costs and how exact it is, at depths 4 to 128 and the width of the run: temporary memory of the
+A run of a reversible model ends (unless `--no-plots`) with what the gradient costs and how exact it is, at depths 4 to 128: temporary memory of the
 compiled gradient with reconstructed and with stored activations, their ratio of times, and the difference of the two gradients, at
 initialisation and (at the run's depth) after training.
 

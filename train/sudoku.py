@@ -146,7 +146,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     every = full_grids(config.side, None if config.side == 4 else GRIDS)
     # The split does not change with the run's seed, so that runs can be compared.
     order = np.random.default_rng(0).permutation(len(every))
-    cut = round(config.held_out * len(every))
+    cut = min(max(1, round(config.held_out * len(every))), len(every) - 1)
     unseen, seen = every[order[:cut]], every[order[cut:]]
     count = 1000 if config.side == 4 else 100
     train_set = make_puzzles(seen, config.puzzles, config.clues, 1)

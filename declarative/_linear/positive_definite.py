@@ -47,7 +47,7 @@ def factorise(
     """The inverse root of a symmetric matrix plus a few roundings of its diagonal; NaN if that is not positive definite.
 
     The matrix is `matrix` (a vector is a diagonal one) plus a diagonal plus Gram matrices. A diagonal entry that is zero counts as 1:
-    the direction is unknown to the matrix. Lanes of a batch that do not need a factor cost little on CPU, and get zeros.
+    the direction is unknown to the matrix. Lanes of a batch that do not need the factor of a matrix cost little on CPU, and get zeros.
     """
     n = matrix.shape[0]
     if matrix.ndim == 1 and not grams:

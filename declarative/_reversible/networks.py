@@ -86,10 +86,10 @@ class ReversibleBlock(AbstractReversibleBlock):
         (y1, y2), (c1, c2) = y, cotangent
         keys = (None, None) if key is None else jr.split(key)
         step, back = eqx.filter_vjp(lambda g, y1: _call(g, y1, state, keys[1])[0], self.g, y1)
-        of_g, more = back(c2)
+        of_g, more = back(_of_type(c2, step))
         x2, c1 = _subtract(y2, step), _add(c1, more)
         step, back = eqx.filter_vjp(lambda f, x2: _call(f, x2, state, keys[0])[0], self.f, x2)
-        of_f, more = back(c1)
+        of_f, more = back(_of_type(c1, step))
         return (_subtract(y1, step), x2), (c1, _add(c2, more)), _cotangent(self, f=of_f, g=of_g)
 
 
@@ -126,7 +126,7 @@ class MomentumBlock(AbstractReversibleBlock):
         x, v = _subtract(*y), y[1]
         step, back = eqx.filter_vjp(lambda f, x: _call(f, x, state, key)[0], self.f, x)
         d = _add(c, d)
-        of_f, more = back(jtu.tree_map(lambda d: (1 - self.gamma) * d, d))
+        of_f, more = back(_of_type(jtu.tree_map(lambda d: (1 - self.gamma) * d, d), step))
         v = jtu.tree_map(lambda v, step: (v - (1 - self.gamma) * step) / self.gamma, v, step)
         return (x, v), (_add(c, more), jtu.tree_map(lambda d: self.gamma * d, d)), _cotangent(self, f=of_f)
 
@@ -146,7 +146,8 @@ class ReversibleSequence(eqx.Module):
 
     **Call:** `sequence(x, state=None, key=None)`. With `key` each module inside is given one of its own, the same in both passes. With
     `state`, the `eqx.nn.State` of the model around it (`eqx.nn.make_with_state`), the result is `(y, new_state)`: the forward pass alone
-    updates it. The modules of one block must not share a stateful layer, and gradients do not flow through the state. Batch
+    updates it. Then every module inside takes and returns one (`f(x, state)`), and the modules of one block
+    do not share a stateful layer; gradients do not flow through the state. Batch
     normalisation needs modules that take the batch and bind its axis themselves (`jax.vmap(..., axis_name=...)` inside of f): JAX does not
     know the axis of a `vmap` around a call in the backward pass of that call, and raises.
     """
@@ -179,8 +180,8 @@ class ReversibleSequence(eqx.Module):
         run = _reconstructing if self.backward == "reconstruct" else _forward
         if state is None:
             return run((self.blocks, x), self.depth, None, keys)[0]
-        y, new = run((self.blocks, x), self.depth, state.substate(self.blocks), keys)
-        return y, state.update(new)
+        y, new = run((self.blocks, x), self.depth, _constant(state.substate(self.blocks)), keys)
+        return y, _copy(state).update(_constant(new))
 
     def inverse(self, y, state=None, *, key: PRNGKeyArray | None = None):
         """The input that was mapped to y, with the state and key that the call had."""
@@ -195,12 +196,13 @@ class ReversibleSequence(eqx.Module):
         return jax.lax.scan(back, _pair(y), (arrays, state, keys), self.depth, reverse=True)[0]
 
     def round_trip(self, x, state=None, *, key: PRNGKeyArray | None = None) -> Float[Array, ""]:
-        """How far `inverse` of the output is from x: the largest difference over the largest entry."""
+        """How far `inverse` of the output is from x: the largest difference over the largest entry of x (over 1 if x is zero)."""
         keys = None if key is None else jr.split(key, self.depth)
         sub = None if state is None else state.substate(self.blocks)
         y, _ = _forward((self.blocks, _pair(x)), self.depth, sub, keys)
         off = _subtract(self.inverse(y, state, key=key), _pair(x))
-        return largest(off) / largest(x)
+        size = largest(x)
+        return largest(off) / jnp.where(size > 0, size, 1)
 
 
 def _forward(blocks_and_x, depth, state, keys):
@@ -265,25 +267,48 @@ def _is_none(leaf):
     return leaf is None
 
 
-def _pair(x):
+def _pair(x) -> tuple[PyTree, PyTree]:
     if not (isinstance(x, tuple) and len(x) == 2):
         raise ValueError(
             "a reversible block maps a pair (x1, x2) to a pair; split the features with jnp.split(x, 2, axis=-1), for instance. "
             f"Got {type(x).__name__}."
         )
-    return x
+    return x[0], x[1]
 
 
 def _call(function, x, state, key):
-    arguments = (x,) if state is None else (x, state)
+    # Equinox lets a `State` be used once; both passes, and both modules of a block, start from the same one.
+    arguments = (x,) if state is None else (x, _copy(state))
     keywords = {} if key is None else {"key": key}
     out = function(*arguments, **keywords)
     return (out, None) if state is None else out
 
 
+def _copy(state):
+    return jtu.tree_map(lambda leaf: leaf, state)
+
+
+def _constant(state):
+    """State carries no gradient, whichever the backward pass."""
+    return jtu.tree_map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, state)
+
+
+def _of_type(cotangent, value):
+    """The cotangent of a branch's output, whose dtype may be lower than that of the sum that it goes into."""
+    return jtu.tree_map(lambda c, v: c.astype(v.dtype), cotangent, value)
+
+
 def _add(a, b):
-    return jtu.tree_map(jnp.add, a, b)
+    return jtu.tree_map(lambda a, b: a + _fitting(a, b), a, b)
 
 
 def _subtract(a, b):
-    return jtu.tree_map(jnp.subtract, a, b)
+    return jtu.tree_map(lambda a, b: a - _fitting(a, b), a, b)
+
+
+def _fitting(a, b):
+    if jnp.shape(a) != jnp.shape(b):
+        raise ValueError(
+            f"a module inside a reversible block must return the shape that it is added to, {jnp.shape(a)}, but returned {jnp.shape(b)}."
+        )
+    return b

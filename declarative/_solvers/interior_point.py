@@ -264,9 +264,9 @@ def _step(program: Program, at: Iterate, needed, target, loop: Callable):
         aim, keep = jnp.maximum(sigma * mu, target), one
     complement = s * lam + ds * dlam - aim
     dw, dlam, ds, dtau, dkappa = direction(keep, complement, tau * kappa + dtau * dkappa - aim)
-    needed = largest(weights) > float(jnp.finfo(g.dtype).eps) ** -0.4
+    uneven = needed & (largest(weights) > float(jnp.finfo(g.dtype).eps) ** -0.4)
     compute = lambda one: correction(one * dw, one * dlam, keep, complement, dtau)
-    more, more_lam = where_needed(needed, compute, (jnp.zeros_like(dw), jnp.zeros_like(dlam)), loop)
+    more, more_lam = where_needed(uneven, compute, (jnp.zeros_like(dw), jnp.zeros_like(dlam)), loop)
     dw, dlam = dw + more, dlam + more_lam
     ds = jnp.where(live, -(complement + s * dlam) / safe_lam, 0)
     step = jnp.minimum(_BACKOFF * longest(dlam, ds, dtau, dkappa), 1)
@@ -313,8 +313,8 @@ def _judge(program: Program, state: _State, eps: float, target) -> _State:
         # Rounding sets in soon after; where every pair of slack and multiplier shows which of the two is zero, polishing needs no more.
         small = jnp.max(jnp.where(live, jnp.minimum(at.s, at.lam), 0), initial=0)
         large = jnp.min(jnp.where(live, jnp.maximum(at.s, at.lam), jnp.inf), initial=jnp.inf)
-        solved = (error <= eps**0.4) & (small <= _APART * large)
-        solved = solved | (primal <= loose) & (dual <= loose) & (gap <= tight)
+        solved = (gap <= tight) | (gap <= eps**0.4) & (small <= _APART * large)
+        solved = solved & (primal <= loose) & (dual <= loose)
         # Certificates; kappa is then the larger of the two scalars.
         towards_infeasible, towards_unbounded = -(f @ at.lam), -(g @ at.w)
         # The further kappa outweighs tau, the less it takes: `_outcome` sharpens a certificate, and looks again.

@@ -103,21 +103,22 @@ def scale(data: Data) -> Scaled:
     e_A = e_A if A is None else rows_of(A_abs, d)
     e_G = e_G if G is None else rows_of(G_abs, d)
 
-    def clean(leaf, other=0.0):
+    def clean(scaled, leaf, other=0.0):
         # By its own entries only: a block that a batch shares must not become one for each lane.
-        return jnp.where(jnp.all(jnp.isfinite(leaf)), leaf, other)
+        return jnp.where(jnp.all(jnp.isfinite(leaf)), scaled, other)
 
     def clean_side(side, other=0.0):
         return jnp.where(finite, side, other)
 
     Q = clean(
         c * d**2 * Q if Q.ndim == 1 else (c * d[:, None]) * Q * d[None, :],
+        Q,
         1.0 if Q.ndim == 1 else jnp.eye(n, dtype=dtype),
     )
     if Q.ndim == 2:
         Q = (Q + Q.T) / 2
-    A = None if A is None else clean(e_A[:, None] * A * d[None, :], jnp.eye(*A.shape, dtype=dtype))
-    G = None if G is None else clean(e_G[:, None] * G * d[None, :])
+    A = None if A is None else clean(e_A[:, None] * A * d[None, :], A, jnp.eye(*A.shape, dtype=dtype))
+    G = None if G is None else clean(e_G[:, None] * G * d[None, :], G)
     scaled = Data(
         Q,
         clean_side(c * d * data.q),
@@ -437,7 +438,8 @@ def polish(
             # Multipliers of what is not active are zero, not small.
             start = start.at[n + p :].set(jnp.where(side == 0, 0, start[n + p :]))
         F = residual_on_side(start, side)
-        new = start - kkt.solve(F, loop, floor=largest(start[:n] / column_scale[:n]))
+        # Nothing to solve where it has ended.
+        new = start - kkt.solve(jnp.where(state.going, F, 0), loop, floor=largest(start[:n] / column_scale[:n]))
         if exact:
             new = new.at[n + p :].set(jnp.where(side == 0, 0, new[n + p :]))
         error = error_of(new)
@@ -597,7 +599,9 @@ def solve(
     if warm is not None:
         # A guess that solves the equations of a program that has failed (a saddle, crossed bounds) does not solve it.
         pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(skip & ~failed, a, b), a, b)
-        vector, kkt = pick(warm.vector, vector), pick(warm.kkt, kkt)
+        vector = pick(warm.vector, vector)
+        parts = lambda kkt: (kkt.alpha, kkt.beta, kkt.root)  # the rest is the same in both
+        kkt = eqx.tree_at(parts, kkt, pick(parts(warm.kkt), parts(kkt)))
         error, steps = pick(warm.error, error), pick(warm.steps, steps)
     unfinished = jnp.where(found.code == ipm.OUT_OF_STEPS, ipm.OUT_OF_STEPS, ipm.STALLED)
     code = jnp.where(failed, found.code, jnp.where(error <= eps**0.65, ipm.OPTIMAL, unfinished))

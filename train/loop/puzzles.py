@@ -72,7 +72,8 @@ def make_puzzles(
 ) -> tuple[Float[np.ndarray, "count side side side"], Float[np.ndarray, "count side side side"]]:
     """`count` puzzles that have one solution, which is among `grids`: (puzzles, solutions), one-hot in float32.
 
-    Cells are removed from a grid in random order as long as the solution stays unique, until a random number of clues is left.
+    Cells are removed from a grid in random order as long as the solution stays unique, until a random number of clues is left
+    (another grid and number if that many cannot be removed, so few clues are rarer).
     """
     side = grids.shape[1]
     cells, rng = side * side, np.random.default_rng(seed)
