@@ -184,7 +184,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         missed = empty & (jnp.argmax(output, -1) != jnp.argmax(solution, -1))
         return {
             "board_error": wrong(output, solution),
-            "cell_error": jnp.sum(missed) / jnp.sum(empty),
+            "cell_error": jnp.sum(missed.astype(jnp.float32)) / jnp.sum(empty.astype(jnp.float32)),
             "loss": jnp.mean((output - solution) ** 2),
         }
 
