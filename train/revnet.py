@@ -97,7 +97,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
 
     def build(depth: int, backward: str, *, key):
         fields = {name: getattr(config, name) for name in ("model", "width", "hidden", "residual", "gamma")}
-        return make(RevNetConfig(depth=depth, backward=backward, **fields), key=key)  # pyright: ignore[reportArgumentType]
+        return make(RevNetConfig(depth=depth, backward=backward, **fields), key=key)  # pyright: ignore[reportArgumentType]  (fields of mixed types)
 
     model_key, train_key = jr.split(jr.key(config.seed))
     model = build(config.depth, config.backward, key=model_key)

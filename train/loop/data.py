@@ -152,7 +152,7 @@ def sklearn_digits():
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)  # pyright: ignore[reportAttributeAccessIssue]
+    images, labels = (digits.images / 16).astype(np.float32), digits.target.astype(np.int32)  # pyright: ignore[reportAttributeAccessIssue]  (a Bunch)
     # The split does not change with the run's seed, so that runs can be compared.
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     return (images[train], labels[train]), (images[test], labels[test])
