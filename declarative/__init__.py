@@ -34,6 +34,7 @@ from ._nodes.programs.quadratic_program import KKTPoint as KKTPoint
 from ._nodes.programs.quadratic_program import Multipliers as Multipliers
 from ._nodes.programs.quadratic_program import QuadraticProgram as QuadraticProgram
 from ._nodes.programs.quadratic_program import QuadraticProgramData as QuadraticProgramData
+from ._reversible.networks import AbstractReversibleBlock as AbstractReversibleBlock
 from ._reversible.networks import MomentumBlock as MomentumBlock
 from ._reversible.networks import ReversibleBlock as ReversibleBlock
 from ._reversible.networks import ReversibleSequence as ReversibleSequence

@@ -155,3 +155,21 @@ def test_a_nan_does_not_hide_from_a_maximum():
     assert got[0] == 1
     columns = jax.jit(lambda x: maximum(x, axis=1))(x)
     assert jnp.isnan(columns[200])
+
+
+def test_lanes_of_which_arrays_have_only_some_axes():
+    rng = np.random.default_rng(0)
+    scale, matrix, vector = rng.standard_normal(3), rng.standard_normal((2, 4, 4)), rng.standard_normal((3, 2, 4))
+    shared = rng.standard_normal((4, 4))
+
+    @over_lanes
+    def kernel(scale, matrix, vector, shared):
+        return scale * jnp.linalg.solve(matrix, vector), shared @ vector
+
+    inner = jax.vmap(kernel, in_axes=(None, 0, 0, None))
+    outer = jax.jit(jax.vmap(inner, in_axes=(0, None, 0, None)))
+    solved, product = outer(scale, matrix, vector, shared)
+    for i in range(3):
+        for j in range(2):
+            np.testing.assert_allclose(solved[i, j], scale[i] * np.linalg.solve(matrix[j], vector[i, j]), rtol=1e-10)
+            np.testing.assert_allclose(product[i, j], shared @ vector[i, j], rtol=1e-12)

@@ -366,6 +366,18 @@ def test_a_set_that_no_point_satisfies_is_left_again():
     np.testing.assert_allclose(s.value, [1, 1, (1.786 - 0.94 - 0.84) / 1.04], atol=2e-6)
 
 
+def test_a_slow_start_is_not_given_up():
+    """Of 512 random programs one whose homogeneous iterates hardly improve in their first six steps."""
+    rng, n, p = np.random.default_rng(0), 10, 5
+    G, A, L = (rng.standard_normal((512, n, n)), rng.standard_normal((512, p, n)), rng.random((512, n, n)))
+    q, z = rng.standard_normal((512, n)), rng.standard_normal((512, n))
+    slack = rng.random((512, n))
+    G, A, L, q, z, slack = (block[98] for block in (G, A, L, q, z, slack))
+    solution = QUIET.solve(*map(jnp.asarray, (L @ L.T + 1e-3 * np.eye(n), q)), A=A, b=A @ z, G=G, h=G @ z + slack)
+    assert solution.result == dn.RESULTS.successful
+    assert solution.stats["residual"] < 1e-12
+
+
 def test_what_a_batch_shares_stays_shared(getkey):
     n, p, batch = 30, 24, 32
     keys = jr.split(getkey(), 4)

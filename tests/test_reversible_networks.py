@@ -58,7 +58,28 @@ def furthest(a, b):
     return float(np.max(np.abs(np.concatenate(a) - np.concatenate(b))) / np.max(np.abs(np.concatenate(b))))
 
 
-@pytest.mark.parametrize("make", [revnet, momentum])
+class Affine(dn.AbstractReversibleBlock):
+    """A block of a user's own, with an inverse and no rule for its gradient: y1 = exp(f(x2)) x1, y2 = x2 + g(y1)."""
+
+    f: Branch
+    g: Branch
+
+    def forward(self, x, state, key):
+        x1, x2 = x
+        y1 = jnp.exp(self.f(x2, key)) * x1
+        return (y1, x2 + self.g(y1, key)), state
+
+    def inverse(self, y, state, key):
+        y1, y2 = y
+        x2 = y2 - self.g(y1, key)
+        return jnp.exp(-self.f(x2, key)) * y1, x2
+
+
+def affine(key, dtype=jnp.float64):
+    return Affine(*(Branch(key, dtype) for key in jr.split(key)))
+
+
+@pytest.mark.parametrize("make", [revnet, momentum, affine])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_gradients_are_those_of_stored_activations(make, keyed, getkey):
     x, key = pair(getkey()), getkey() if keyed else None
@@ -203,9 +224,10 @@ def test_misuse_is_named(getkey):
     ours, _ = both(revnet, 2)
     with pytest.raises(ValueError, match="jnp.split"):
         ours(jnp.ones(2 * WIDTH))
-    short = dn.ReversibleSequence(lambda key: dn.ReversibleBlock(lambda x: x[:1], jnp.tanh), 2, key=getkey())
-    with pytest.raises(ValueError, match="must return the shape"):
-        short((jnp.ones(3), jnp.ones(3)))
+    for block in (dn.ReversibleBlock(lambda x: x[:1], jnp.tanh), dn.MomentumBlock(lambda x: x[:1])):
+        short = dn.ReversibleSequence(lambda key, block=block: block, 2, key=getkey())
+        with pytest.raises(ValueError, match="must return the shape"):
+            short((jnp.ones(3), jnp.ones(3)))
     zero = jtu.tree_map(jnp.zeros_like, pair(getkey()))
     assert jnp.isfinite(ours.round_trip(zero))
 

@@ -32,10 +32,10 @@ from .._linear.norms import largest
 
 
 class AbstractReversibleBlock(eqx.Module):
-    """A bijection of pairs. `key` and `state` are handed to the modules inside if they are not None.
+    """A bijection of pairs, for `ReversibleSequence`. A block of your own defines `forward` and `inverse`; `pull_back` follows from them.
 
-    A module f inside is called as `f(x)`, `f(x, key=key)`, `f(x, state)` or `f(x, state, key=key)`; with a state it returns
-    `(value, state)`, as Equinox's stateful layers do.
+    `key` and `state` are handed to the modules inside if they are not None. In the blocks here a module f inside is called as `f(x)`,
+    `f(x, key=key)`, `f(x, state)` or `f(x, state, key=key)`; with a state it returns `(value, state)`, as Equinox's stateful layers do.
     """
 
     @abc.abstractmethod
@@ -51,7 +51,9 @@ class AbstractReversibleBlock(eqx.Module):
     def pull_back(self, y, cotangent, state, key):
         """(input, its cotangent, the block's cotangent) from the output and its cotangent."""
         x = self.inverse(y, state, key)
-        return x, *_pull_back(lambda block, x: block.forward(x, state, key)[0], self, x, cotangent)
+        _, back = eqx.filter_vjp(lambda block, x: block.forward(x, state, key)[0], self, x)
+        of_block, of_x = back(cotangent)
+        return x, of_x, of_block
 
     def __call__(self, x, state=None, *, key: PRNGKeyArray | None = None):
         y, new = self.forward(_pair(x), state, key)
@@ -113,22 +115,24 @@ class MomentumBlock(AbstractReversibleBlock):
     def forward(self, x, state, key):
         x, v = x
         step, state = _call(self.f, x, state, key)
-        v = jtu.tree_map(lambda v, step: self.gamma * v + (1 - self.gamma) * step, v, step)
+        v = _add(_times(self.gamma, v), _times(1 - self.gamma, step))
         return (_add(x, v), v), state
 
     def inverse(self, y, state, key):
         x, v = _subtract(*y), y[1]
         step, _ = _call(self.f, x, state, key)
-        return x, jtu.tree_map(lambda v, step: (v - (1 - self.gamma) * step) / self.gamma, v, step)
+        return x, self._before(v, step)
+
+    def _before(self, v, step):
+        return jtu.tree_map(lambda v: v / self.gamma, _subtract(v, _times(1 - self.gamma, step)))
 
     def pull_back(self, y, cotangent, state, key):
         c, d = cotangent
         x, v = _subtract(*y), y[1]
         step, back = eqx.filter_vjp(lambda f, x: _call(f, x, state, key)[0], self.f, x)
         d = _add(c, d)
-        of_f, more = back(_of_type(jtu.tree_map(lambda d: (1 - self.gamma) * d, d), step))
-        v = jtu.tree_map(lambda v, step: (v - (1 - self.gamma) * step) / self.gamma, v, step)
-        return (x, v), (_add(c, more), jtu.tree_map(lambda d: self.gamma * d, d)), _cotangent(self, f=of_f)
+        of_f, more = back(_of_type(_times(1 - self.gamma, d), step))
+        return (x, self._before(v, step)), (_add(c, more), _times(self.gamma, d)), _cotangent(self, f=of_f)
 
 
 class ReversibleSequence(eqx.Module):
@@ -146,10 +150,10 @@ class ReversibleSequence(eqx.Module):
 
     **Call:** `sequence(x, state=None, key=None)`. With `key` each module inside is given one of its own, the same in both passes. With
     `state`, the `eqx.nn.State` of the model around it (`eqx.nn.make_with_state`), the result is `(y, new_state)`: the forward pass alone
-    updates it. Then every module inside takes and returns one (`f(x, state)`), and the modules of one block
-    do not share a stateful layer; gradients do not flow through the state. Batch
-    normalisation needs modules that take the batch and bind its axis themselves (`jax.vmap(..., axis_name=...)` inside of f): JAX does not
-    know the axis of a `vmap` around a call in the backward pass of that call, and raises.
+    updates it. Every module inside then takes and returns a state (`f(x, state)`), the modules of one block do not share a stateful
+    layer, and gradients do not flow through the state. Batch normalisation needs modules that take the batch and bind its axis
+    themselves (`jax.vmap(..., axis_name=...)` inside of f): JAX does not know the axis of a `vmap` around a call in the backward pass of
+    that call, and raises.
     """
 
     blocks: AbstractReversibleBlock
@@ -245,12 +249,6 @@ def _(y, cotangents, perturbed, blocks_and_x, depth, state, keys):
     return of_blocks, of_x
 
 
-def _pull_back(function, block, x, cotangent):
-    _, back = eqx.filter_vjp(function, block, x)
-    of_block, of_x = back(cotangent)
-    return of_x, of_block
-
-
 def _cotangent(block, **fields):
     """A cotangent of the block from those of some of its fields."""
     empty = jtu.tree_map(lambda _: None, eqx.filter(block, eqx.is_array))
@@ -296,6 +294,10 @@ def _constant(state):
 def _of_type(cotangent, value):
     """The cotangent of a branch's output, whose dtype may be lower than that of the sum that it goes into."""
     return jtu.tree_map(lambda c, v: c.astype(v.dtype), cotangent, value)
+
+
+def _times(factor: float, tree):
+    return jtu.tree_map(lambda leaf: factor * leaf, tree)
 
 
 def _add(a, b):
