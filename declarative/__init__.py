@@ -34,7 +34,15 @@ from ._nodes.programs.quadratic_program import KKTPoint as KKTPoint
 from ._nodes.programs.quadratic_program import Multipliers as Multipliers
 from ._nodes.programs.quadratic_program import QuadraticProgram as QuadraticProgram
 from ._nodes.programs.quadratic_program import QuadraticProgramData as QuadraticProgramData
+from ._ode.adjoint import ReversibleAdjoint as ReversibleAdjoint
+from ._ode.reversible import AbstractReversibleSolver as AbstractReversibleSolver
+from ._ode.reversible import AsynchronousLeapfrog as AsynchronousLeapfrog
+from ._ode.reversible import Leapfrog as Leapfrog
+from ._ode.reversible import Reversible as Reversible
+from ._ode.reversible import RungeKutta4 as RungeKutta4
+from ._ode.reversible import coupling_for as coupling_for
 from ._reversible.networks import AbstractReversibleBlock as AbstractReversibleBlock
 from ._reversible.networks import MomentumBlock as MomentumBlock
 from ._reversible.networks import ReversibleBlock as ReversibleBlock
 from ._reversible.networks import ReversibleSequence as ReversibleSequence
+from ._reversible.optimiser import ReversibleSGD as ReversibleSGD

@@ -8,9 +8,9 @@ Hardware and time: 2 CPU cores that do nothing else, two and a half minutes for 
 Expect, seeds 0, 1, 2: the layer gets 0.0, 1.8 and 2.9 % of the boards of held-out grids wrong; the network, with as many parameters,
 90.5, 92.3 and 93.5 %, at the best learning rate of 0.003, 0.01, 0.03 and 0.05 (`--lr 0.03`). Ten times the steps give the network 90 %,
 ten times the width and four times the steps 55 %.
-Of 9 x 9 expect to see it learn, not to see it solve: after 140 steps of 16 boards, 20 minutes beside other load, the squared error of the
-training boards had fallen from 0.078 to 0.063, and not one of them was right. A step takes 1 s at first and several later, when the active
-bounds nearly depend on one another.
+Of 9 x 9 expect to see it learn, not to see it solve: after 150 steps of 16 boards (24 minutes beside other load) the squared error of the
+training boards had fallen from 0.078 to 0.066, 83 % of the empty cells of new puzzles of known grids were wrong and 88 % of those of held-out
+grids (chance is 89 %), and no board was right.
 
 Puzzles are generated: a full grid, cells removed in random order as long as the solution stays unique, until `clues` are left. There are
 only 288 full 4 x 4 grids, so a random split of puzzles shares nearly every solution between training and test. Both are reported:

@@ -156,3 +156,90 @@ def sklearn_digits():
     # The split does not change with the run's seed, so that runs can be compared.
     train, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0)
     return (images[train], labels[train]), (images[test], labels[test])
+
+
+def plane(name: str, rows: int, seed) -> np.ndarray:
+    """`rows` points (n, 2) float32 of a density in the plane: `moons` (two half circles) or `pinwheel` (five bent arms)."""
+    rng = np.random.default_rng(seed)
+    if name == "moons":
+        angle, lower = rng.uniform(0, np.pi, rows), rng.integers(0, 2, rows)
+        points = np.stack([np.cos(angle) - 0.5 + lower, (1 - 2 * lower) * (np.sin(angle) - 0.25)], 1)
+        points = 1.5 * points + 0.12 * rng.standard_normal((rows, 2))
+    elif name == "pinwheel":
+        arm = rng.integers(0, 5, rows)
+        radial, across = 1.6 + 0.6 * rng.standard_normal(rows), 0.16 * rng.standard_normal(rows)
+        angle = 2 * np.pi * arm / 5 + 0.35 * np.exp(radial)
+        points = np.stack(
+            [
+                radial * np.cos(angle) - across * np.sin(angle),
+                radial * np.sin(angle) + across * np.cos(angle),
+            ],
+            1,
+        )
+    else:
+        raise ValueError(f"the densities in the plane are moons and pinwheel, not {name!r}.")
+    return points.astype(np.float32)
+
+
+def digits_pca(components: int):
+    """(train, test, to_images): the leading principal components of scikit-learn's digits, float32 (n, components), scaled to variance 1.
+
+    Directions, mean and scale come from the training part only. `to_images` maps components to images (n, 8, 8).
+    """
+    from sklearn.decomposition import PCA
+
+    (train, _), (test, _) = sklearn_digits()
+    if not 1 <= components <= 61:  # three pixels are always empty
+        raise ValueError(f"components must lie between 1 and 61, but is {components}.")
+    pca = PCA(components, whiten=True, svd_solver="full").fit(train.reshape(len(train), -1))
+    project = lambda images: pca.transform(images.reshape(len(images), -1)).astype(np.float32)
+    return project(train), project(test), lambda z: pca.inverse_transform(z).reshape(-1, 8, 8)
+
+
+# A set of series: times (rows, n) in [0, 1], values (rows, n, channels), and a mask of the values that a model may see. float32.
+Series = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def oscillations(
+    rows: int, length: int, seed, *, end: float = 2 / 3, share: float = 0.4, noise: float = 0.05
+) -> Series:
+    """Damped oscillations with their own frequency, phase, size and damping, measured with noise at their own irregular times.
+
+    A model may see `share` of the values before time `end`, at random.
+    """
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.uniform(0, 1, (rows, length)), 1)
+    turns, phase, size, damping = (
+        rng.uniform(low, high, (rows, 1)) for low, high in ((2, 4), (0, 2 * np.pi), (0.7, 1.3), (0.3, 1.2))
+    )
+    values = size * np.exp(-damping * times) * np.sin(2 * np.pi * turns * times + phase)
+    values += noise * rng.standard_normal(values.shape)
+    seen = (times < end) & (rng.uniform(size=times.shape) < share)
+    return times.astype(np.float32), values[..., None].astype(np.float32), seen[..., None].astype(np.float32)
+
+
+def eeg(length: int, seed, *, end: float = 2 / 3, share: float = 0.5) -> tuple[Series, Series]:
+    """(train, test): windows of the electroencephalogram in matplotlib's sample data, 4 channels at 800 times.
+
+    Training windows lie in the first 600 times, test windows in the last 200; they overlap within a part, never across. Of the values
+    before `end` of a window a model may see `share`, at random and each channel for itself: irregular gaps on a regular grid.
+    """
+    import matplotlib.cbook
+
+    if not 4 <= length <= 200:
+        raise ValueError(f"length must lie between 4 and 200 for this recording, but is {length}.")
+    try:
+        path = Path(str(matplotlib.cbook.get_sample_data("eeg.dat", asfileobj=False)))
+        recording = np.frombuffer(path.read_bytes(), np.float64).reshape(800, 4)
+    except OSError as error:
+        raise ValueError("this matplotlib lacks its sample data (eeg.dat); use another data set.") from error
+    recording = (recording - recording[:600].mean(0)) / recording[:600].std(0)
+    rng = np.random.default_rng(seed)
+
+    def windows(part: np.ndarray, every: int) -> Series:
+        values = np.stack([part[first : first + length] for first in range(0, len(part) - length + 1, every)])
+        times = np.broadcast_to(np.linspace(0, 1, length), values.shape[:2])
+        seen = (times[..., None] < end) & (rng.uniform(size=values.shape) < share)
+        return times.astype(np.float32), values.astype(np.float32), seen.astype(np.float32)
+
+    return windows(recording[:600], 1), windows(recording[600:], 8)

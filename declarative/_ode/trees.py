@@ -1,0 +1,16 @@
+"""Arithmetic of pytrees that have one structure."""
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+
+def add(a, b):
+    return jtu.tree_map(jnp.add, a, b)
+
+
+def subtract(a, b):
+    return jtu.tree_map(jnp.subtract, a, b)
+
+
+def times(factor: float, tree):
+    return jtu.tree_map(lambda leaf: factor * leaf, tree)
