@@ -61,7 +61,7 @@ LIMIT_BYTES = 2.0e9  # a gradient that would need more is not run
 MOMENTUM = (
     round(0.9 * 2**16) / 2**16
 )  # a number that every arithmetic here has, so that all methods take the same steps
-PACKAGES = ("jax", "jaxlib", "equinox", "optimistix", "lineax", "numpy", "scikit-learn")
+PACKAGES = ("jax", "jaxlib", "equinox", "optimistix", "lineax", "numpy")
 
 
 # The problem

@@ -1,5 +1,8 @@
 """Reversible solvers and `ReversibleAdjoint`, held against autodiff of the same discretisation."""
 
+# Every solve here saves something, and some arguments are wrong on purpose.
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportArgumentType=false
+
 import warnings
 
 import diffrax as dfx
@@ -104,7 +107,9 @@ def test_leapfrog_keeps_the_energy():
     pendulum = (dfx.ODETerm(lambda t, q, k: -jnp.sin(q)), dfx.ODETerm(lambda t, p, k: p))
     y0 = (jnp.array(0.0), jnp.array(2.0))
     saveat = dfx.SaveAt(steps=True)
-    p, q = dfx.diffeqsolve(pendulum, dn.Leapfrog(), 0.0, 200.0, 0.1, y0, saveat=saveat, max_steps=2000).ys
+    solution = dfx.diffeqsolve(pendulum, dn.Leapfrog(), 0.0, 200.0, 0.1, y0, saveat=saveat, max_steps=2000)
+    assert solution.ys is not None
+    p, q = solution.ys
     energy = 0.5 * p**2 - jnp.cos(q)
     assert jnp.max(jnp.abs(energy + jnp.cos(2.0))) < 5e-3  # bounded: no drift over 30 periods
 

@@ -4,6 +4,10 @@
     python -m train.flow --data pinwheel
     python -m train.flow --data digits --trace hutchinson --steps 300     ten principal components of digits
 
+Hardware and time: 2 CPU cores, one and a half minutes for two moons.
+Expect, of two moons (seed 0): flow -1.627 nats an example, Gaussian -2.696, mixture of 20 Gaussians -1.615: the flow does not beat the mixture
+here, whose density is the lumpier one in the picture. The integral of its density over the square is 1.0001.
+
 Log-likelihoods are in nats per example, of the exact divergence whatever `--trace` is. Both baselines are scikit-learn's, fitted to the
 same training rows; the mixture (full covariances) has the number of components, of 1 to 40, that 5-fold cross-validation on those rows
 prefers. For points of the plane the run also integrates the density over a square, which should give 1.

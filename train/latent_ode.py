@@ -4,6 +4,10 @@
     python -m train.latent_ode --model gru              the bidirectional GRU that is told the gaps
     python -m train.latent_ode --data eeg --steps 600   four channels of a real electroencephalogram (matplotlib's sample data)
 
+Hardware and time: 2 CPU cores, 45 s for 1000 steps of the latent ODE, 31 s of the GRU.
+Expect, of the oscillations after `--steps 1000`, mean squared errors of interpolation and extrapolation: latent ODE 0.162 and 0.107, GRU 0.070
+and 0.101, straight lines 0.124 and 0.374, zero 0.333 and 0.160. The latent ODE loses to the GRU, and to straight lines inside the measured time.
+
 Of each series a model sees a random part of the values in the first two thirds of the time. It is scored by the mean squared error (of
 the posterior mean's curve) on the hidden values there, "interpolation", and on all values of the last third, "extrapolation". Beside it:
 linear interpolation between the values seen (the last one seen, beyond them), and zero, which is the mean of the data.

@@ -6,6 +6,11 @@
 A run ends (unless `--no-plots`) with the temporary memory and the time of one compiled gradient, and its difference from that which
 stores all steps of the same solver, for each of the six adjoints at 16 to 1024 steps, on the trained weights.
 
+Hardware and time: 2 CPU cores, 16 s for the run, 70 s more for the measurements.
+Expect 95.8 % of the test images right (seed 0), and at 1024 steps, for a batch of 128: `reversible` 8.9 MiB and 271 ms, `checkpointed` 16 and
+392, `stored` 128 and 333, `direct` 8.1 and 342, `backsolve` 22 and 625. Memory is flat in the steps for `reversible`, nearly all of it the
+gradient that each example of the batch holds of its own parameters until the end; `direct` sums these over the batch at each step.
+
 The data are scikit-learn's 1797 digits of 8 x 8 pixels, split 80/20 with a fixed seed. The weights are those of the last step; nothing
 is selected on the test images.
 """
@@ -73,6 +78,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     """One run, or the rest of it: the final state, and what was evaluated there."""
     import time
 
+    import equinox as eqx
     import jax
     import jax.numpy as jnp
     import jax.random as jr
@@ -145,10 +151,15 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     if config.plots:
         from .loop.ode_plots import gradient_costs, plot_costs
 
-        leaves = jtu.tree_leaves(state.model)
+        trained = [leaf for leaf in jtu.tree_leaves(state.model) if eqx.is_array(leaf)]
         batch = tuple(leaf[: config.batch_size] for leaf in train_set)
         value = lambda model, batch: loss(model, batch, None)[0]
-        with_trained = lambda like: jtu.tree_unflatten(jtu.tree_structure(like), leaves)
+
+        def with_trained(like):
+            """The trained arrays in a model that differs in solver and adjoint only."""
+            arrays, rest = eqx.partition(like, eqx.is_array)
+            return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(arrays), trained), rest)
+
         rows = []
         print(f"one gradient, batch of {len(batch[0])}\nsteps   adjoint       memory, MiB   time, ms   difference")
         for steps in STEPS:

@@ -8,7 +8,7 @@ $$ v_{t+1} = \gamma_t v_t - (1-\gamma_t)\, g_t \quad (1), \qquad w_{t+1} = w_t +
 cotangents $\bar w, \bar v$ of $w_{t+1}, v_{t+1}$ on the way, in this order,
 
 $$ \bar\alpha_t = \bar w\cdot v_{t+1}, \quad \bar v \mathrel{+}= \alpha_t\bar w, \quad \bar\gamma_t = \bar v\cdot(v_t + g_t), $$
-$$ (\bar w, \bar\theta) \mathrel{-}= (1-\gamma_t)\,\nabla_{(w,\theta)}\left(\nabla_w L\cdot\bar v\right), \quad \bar v \leftarrow \gamma_t\bar v. \quad (5) $$
+$$ (\bar w, \bar\theta) \mathrel{-}= (1-\gamma_t)\,\nabla_{(w,\theta)}(\nabla_w L\cdot\bar v), \quad \bar v \leftarrow \gamma_t\bar v. \quad (5) $$
 
 **Arithmetic.** In floating point (4) fails: $\gamma v$ drops $\log_2 1/\gamma$ bits of v in every step, and the division amplifies what is
 missing by $1/\gamma$ a step. Here w and v are integers, multiples of a fixed unit. Adding a rounded increment is then exact, and taken back

@@ -61,10 +61,14 @@ def gradient_costs(
 
 def _name_lines(ax, x: float, ends: dict[str, float], apart: float = 1.42) -> None:
     """Names at the right ends of lines on a logarithmic axis, at least a factor `apart` from each other."""
-    placed = 0.0
-    for name, y in sorted(ends.items(), key=lambda item: item[1]):
-        placed = max(y, placed * apart)
-        ax.annotate(name, (x, placed), (7, 0), textcoords="offset points", color=COLOURS[name], va="center")
+    names = sorted(ends, key=lambda name: ends[name])
+    places = np.log([ends[name] for name in names])
+    for _ in range(100):  # neighbours that are too close give way, each by half
+        overlap = np.maximum(np.log(apart) - np.diff(places), 0) / 2
+        places[1:] += overlap
+        places[:-1] -= overlap
+    for name, place in zip(names, np.exp(places), strict=True):
+        ax.annotate(name, (x, place), (7, 0), textcoords="offset points", color=COLOURS[name], va="center")
 
 
 def plot_costs(rows: list[dict[str, Any]], path: str | Path, *, title: str) -> None:
@@ -99,7 +103,7 @@ def grid(limit: float, side: int) -> Float[np.ndarray, "side*side 2"]:
 
 def plot_plane(data, densities: dict[str, np.ndarray], samples, limit: float, path: str | Path) -> None:
     """Points of the plane; densities on `grid`, by name, on one scale of colours; samples of the flow."""
-    figure, axes = plt.subplots(1, 2 + len(densities), figsize=(3.3 * (2 + len(densities)), 3.5), layout="constrained")
+    figure, axes = plt.subplots(1, 2 + len(densities), figsize=(3.3 * (2 + len(densities)), 3.9), layout="constrained")
     for ax, points, title in ((axes[0], data, "Held-out data"), (axes[-1], samples, "Samples of the flow")):
         ax.scatter(*points.T, s=2, color="#1f3b73", alpha=0.5, lw=0)
         ax.set_title(title)
