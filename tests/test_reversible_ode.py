@@ -1,7 +1,8 @@
 """Reversible solvers and `ReversibleAdjoint`, held against autodiff of the same discretisation."""
 
 # Every solve here saves something, and some arguments are wrong on purpose.
-# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportArgumentType=false
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalOperand=false, reportArgumentType=false
 
 import warnings
 
