@@ -81,7 +81,7 @@ MORE = {
     "parts": (dfx.ReversibleHeun(), FIXED, PARTS),
     "step to": (dn.Reversible(dfx.Midpoint(), 0.9), dfx.StepTo(jnp.array([0, 0.1, 0.3, 0.7, 1.0])), TIMES),
 }
-SWEEP = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+SWEEP = [*CASES, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]
 
 
 @pytest.mark.parametrize("name", SWEEP)
