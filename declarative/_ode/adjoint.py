@@ -47,7 +47,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     - `anchors`: how many states are kept on the way.
     - `on_drift`: what to do if a state was reconstructed worse than `tolerance`: `"raise"`; `"warn"`; `"nan"`, NaN gradients;
       `"checkpoint"`, compute them again as `diffrax.RecursiveCheckpointAdjoint` does (under `vmap` for all lanes, if for one).
-    - `tolerance`: of each leaf of the state, relative to its largest entry at the two ends of a stretch between anchors. None: 1e-6 in
+    - `tolerance`: relative to the largest entry of the state (of all its leaves) there or at the end. None: 1e-6 in
       float64, 3e-4 in float32.
     - `report`: put the errors of reconstruction, at the start and at the anchors, into `solution.stats["round_trip"]`, shape
       `(anchors + 1,)`. Walks back once more, whether or not there is a gradient.

@@ -80,16 +80,14 @@ class Drift(eqx.Module):
     """How far off reconstruction was: at the start, and at each anchor."""
 
     errors: Float[Array, " anchors_plus_1"]
-    later: PyTree[Array]  # what was compared (or known) at the later end of the stretch that is being walked
+    end: PyTree[Array]  # what is compared, at the end of the solve
 
     def noted(self, place, found: PyTree, kept: PyTree) -> "Drift":
-        """With the largest error of a leaf, relative to the largest entry that the leaf has at the two ends of the stretch."""
-        errors = []
-        for new, old, end in zip(*map(jtu.tree_leaves, (found, kept, self.later)), strict=True):
-            scale = jnp.maximum(largest(old), largest(end))
-            errors.append(largest(new - old) / jnp.where(scale > 0, scale, 1))
-        worst = largest([error.astype(self.errors.dtype) for error in errors])
-        return Drift(self.errors.at[place].set(worst.astype(self.errors.dtype)), kept)
+        """With the largest difference, relative to the largest entry of the state there or at the end."""
+        # Of all leaves together: a leaf that starts at zero (a log-density, a cost) has no scale of its own.
+        scale = jnp.maximum(largest(kept), largest(self.end))
+        worst = largest(jtu.tree_map(jnp.subtract, found, kept)) / jnp.where(scale > 0, scale, 1)
+        return Drift(self.errors.at[place].set(worst.astype(self.errors.dtype)), self.end)
 
 
 def compare(solver, kept, at, steps, y, state, drift: Drift):
