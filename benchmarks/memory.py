@@ -85,10 +85,11 @@ def digits() -> tuple[Data, Data]:
     """(for training, for validation)."""
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
     order = np.random.default_rng(0).permutation(len(labels))[:600]
     images, labels = images[order] / 16, labels[order]
-    return tuple(Data(jnp.asarray(images[i]), jnp.asarray(labels[i])) for i in (slice(0, 200), slice(200, 600)))  # pyright: ignore
+    part = lambda rows: Data(jnp.asarray(images[rows]), jnp.asarray(labels[rows]))
+    return part(slice(0, 200)), part(slice(200, 600))
 
 
 def cross_entropy(logits: Float[Array, "images classes"], labels: Int[Array, " images"]) -> Float[Array, ""]:

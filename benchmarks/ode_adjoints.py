@@ -194,8 +194,8 @@ def measure(case: Case, rounds: int) -> list[dict]:
 
 
 def by_torch(case: Case, rounds: int) -> dict:
-    import torch  # pyright: ignore[reportMissingImports]
-    import torchdiffeq  # pyright: ignore[reportMissingImports]
+    import torch  # pyright: ignore[reportMissingImports]  (a peer, by hand)
+    import torchdiffeq  # pyright: ignore[reportMissingImports]  (a peer, by hand)
 
     parameters, _, y0 = problem(case)
     first, second = parameters.layers

@@ -84,7 +84,7 @@ class LatentODE(eqx.Module):
         self.posterior = eqx.nn.Linear(h, 2 * z, key=keys[1], dtype=jnp.float32)
         self.field = eqx.nn.MLP(z, z, h, 2, activation=jnp.tanh, key=keys[2], dtype=jnp.float32)
         self.decoder = eqx.nn.MLP(z, c, h, 1, activation=jnp.tanh, key=keys[3], dtype=jnp.float32)
-        self.solver, self.adjoint = dn.Reversible(dfx.Heun()), dn.ReversibleAdjoint(on_drift="checkpoint")
+        self.solver, self.adjoint = dn.Reversible(dfx.Heun()), dn.ReversibleAdjoint()
         self.speed, self.steps = config.speed, config.steps
 
     def encode(self, times, values, mask) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:

@@ -381,6 +381,11 @@ def test_refusals():
         dn.AsynchronousLeapfrog(0.5)
     with refuses("steps"):
         dn.coupling_for(0)
+    with refuses("dtype"):
+        dn.coupling_for(10, jnp.bfloat16)
+    with refuses("float32 or float64"):
+        dt, half = (jnp.asarray(t, jnp.bfloat16) for t in (0.1, 1.0))
+        dfx.diffeqsolve(dfx.ODETerm(lambda t, y, _: -y), HEUN, 0 * dt, half, dt, half, adjoint=adjoint)
     for wrong in (dict(anchors=-1), dict(on_drift="ignore"), dict(tolerance=0.0)):
         with refuses(next(iter(wrong))):
             dn.ReversibleAdjoint(**wrong)
@@ -469,6 +474,29 @@ def test_a_solve_that_goes_on_from_another():
     assert abs(second(kicked, CHECKPOINT) - second(first.ys[-1], CHECKPOINT)) > 1e-2
     ours, reference = (jax.grad(second)(kicked, a) for a in (dn.ReversibleAdjoint(), CHECKPOINT))
     assert difference(ours, reference) < 1e-10
+
+
+def test_the_guard_looks_at_each_leaf():
+    # A huge component beside the one that is lost.
+    def loss(p):
+        term = dfx.ODETerm(lambda t, y, p: {"y": jnp.tanh(p @ y["y"]) - y["y"], "huge": jnp.zeros(1)})
+        y0 = {"y": jnp.array([0.5, 1.0]), "huge": jnp.array([1e9])}
+        adjoint = dn.ReversibleAdjoint(on_drift="nan")
+        ys = dfx.diffeqsolve(term, dn.Reversible(dfx.Heun(), 0.5), 0.0, 10.0, 0.02, y0, p, adjoint=adjoint).ys
+        return jnp.sum(ys["y"] ** 2)
+
+    assert jnp.all(jnp.isnan(jax.grad(loss)(MATRIX)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 10, 100])
+def test_auto_bears_few_steps(steps):
+    # Fewer steps than kept states, too: the coupling of a step is bounded, not only that of a stretch.
+    term = dfx.ODETerm(lambda t, y, _: jnp.sin(y[::-1]))
+    y0, adjoint = jnp.array([0.4, 1.0], jnp.float32), dn.ReversibleAdjoint(report=True)
+    t0, t1, dt = (jnp.asarray(t, jnp.float32) for t in (0.0, 1.0, 1 / steps))
+    sol = dfx.diffeqsolve(term, dn.Reversible(dfx.Heun()), t0, t1, dt, y0, adjoint=adjoint)
+    assert jnp.max(sol.stats["round_trip"]) < 1e-4  # e^6 times the rounding of float32, a bit more
+    assert dn.coupling_for(steps, jnp.float32) > 0.9 * jnp.exp(-6.0)
 
 
 def test_times_near_the_end_of_float32():

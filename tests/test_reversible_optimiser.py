@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -22,10 +23,10 @@ class Weights(eqx.Module):
 
     layers: dict
     temperature: jax.Array
-    activation: object = jnp.tanh
+    activation: Callable = jnp.tanh
 
     def __call__(self, x):
-        hidden = self.activation(self.layers["in"] @ x)  # pyright: ignore[reportCallIssue]
+        hidden = self.activation(self.layers["in"] @ x)
         return self.layers["out"] @ hidden / self.temperature
 
 

@@ -29,9 +29,9 @@ from .._core.closure import close
 from .._linear.norms import maximum
 from .anchors import Anchored, Drift, compare
 from .foreign import reversible
-from .reversible import AbstractReversibleSolver, Interval, Pair, Reversible, rate_for
+from .reversible import ANCHORS, AbstractReversibleSolver, Interval, Pair, Reversible
 from .saved import SAVE_Y, Field, Saved
-from .trees import add
+from .trees import add, precision
 
 
 class ReversibleAdjoint(dfx.AbstractAdjoint):
@@ -47,7 +47,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     - `anchors`: how many states are kept on the way.
     - `on_drift`: what to do if a state was reconstructed worse than `tolerance`: `"raise"`; `"warn"`; `"nan"`, NaN gradients;
       `"checkpoint"`, compute them again as `diffrax.RecursiveCheckpointAdjoint` does (under `vmap` for all lanes, if for one).
-    - `tolerance`: relative to the largest entry of the state (of all its leaves) there or at the end. None: 1e-6 in
+    - `tolerance`: of each leaf of the state, relative to its largest entry at the two ends of a stretch between anchors. None: 1e-6 in
       float64, 3e-4 in float32.
     - `report`: put the errors of reconstruction, at the start and at the anchors, into `solution.stats["round_trip"]`, shape
       `(anchors + 1,)`. Walks back once more, whether or not there is a gradient.
@@ -56,7 +56,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     without `max_steps` (their times need room).
     """
 
-    anchors: int = eqx.field(static=True, default=8)
+    anchors: int = eqx.field(static=True, default=ANCHORS)
     on_drift: str = eqx.field(static=True, default="raise")
     tolerance: float | None = eqx.field(static=True, default=None)
     report: bool = eqx.field(static=True, default=False)
@@ -73,7 +73,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         self, *, args, terms, solver, saveat, init_state, passed_solver_state, passed_controller_state, throw, **rest
     ):
         del passed_controller_state, throw
-        _check(terms, saveat, init_state.made_jump, rest)
+        _check(terms, saveat, init_state, rest)
         solver = reversible(solver)
         y, state = init_state.y, init_state.solver_state
         order = solver.error_order(terms)
@@ -89,9 +89,9 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         if passed_solver_state:
             state = _constant(state, "solver_state")
         if isinstance(solver, Reversible):
-            rate = _rate(rest["t0"], rest["t1"], y, self.anchors) if solver.coupling == "auto" else None
+            stretch = (rest["t1"] - rest["t0"]) / (self.anchors + 1) if solver.coupling == "auto" else None
             z = jtu.tree_map(jnp.subtract, y, state.d) if passed_solver_state else state.z
-            state = Pair(z, state.d, rate)
+            state = Pair(z, state.d, stretch)
 
         differentiable = (y, state, args, terms, fns)
         final, trail = _walked(
@@ -104,7 +104,9 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         return _only_ys(final), stats
 
 
-def _check(terms, saveat, made_jump, rest):
+def _check(terms, saveat, init_state, rest):
+    if jnp.finfo(precision(init_state.y)).bits < 32:
+        raise ValueError("ReversibleAdjoint needs y0 in float32 or float64: rounding grows on its way back.")
     if rest["event"] is not None:
         raise ValueError("ReversibleAdjoint cannot take events; use diffrax.RecursiveCheckpointAdjoint().")
     if saveat.dense:
@@ -126,13 +128,8 @@ def _check(terms, saveat, made_jump, rest):
         if getattr(controller, "jump_ts", None) is not None:
             raise ValueError("ReversibleAdjoint cannot take jump_ts; solve piece by piece, or use another adjoint.")
         controller = getattr(controller, "controller", None)
-    if made_jump is not False:
+    if init_state.made_jump is not False:
         raise ValueError("ReversibleAdjoint cannot start from made_jump.")
-
-
-def _rate(t0, t1, y, anchors):
-    horizon = jnp.where(t1 > t0, t1 - t0, 1)
-    return rate_for(horizon, _precision(y), anchors).astype(t0.dtype)
 
 
 class _Grid(eqx.Module):
@@ -355,17 +352,11 @@ def _round_trip(solver, y0, state0, args, terms, end, trail):
 
 
 def _no_drift(solver, trail, y, state) -> Drift:
-    return Drift(jnp.zeros(len(trail.at) + 1, _precision(y)), solver.compared(y, state))
+    return Drift(jnp.zeros(len(trail.at) + 1, precision(y)), solver.compared(y, state))
 
 
 def _at_anchor(solver, trail, steps, y, state, drift):
     return compare(solver, trail.kept, trail.at, steps, y, state, drift) if len(trail.at) else (y, state, drift)
-
-
-def _precision(y):
-    """The real dtype of the leaf that is kept with fewest digits."""
-    kinds = [jnp.finfo(jnp.result_type(leaf)) for leaf in jtu.tree_leaves(y)]
-    return min(kinds, key=lambda kind: kind.bits).dtype if kinds else jnp.result_type(float)
 
 
 def _assemble(differentiable, perturbed, of_initial, of_parameters):
@@ -377,7 +368,7 @@ def _assemble(differentiable, perturbed, of_initial, of_parameters):
 def _tolerance(adjoint, y):
     if adjoint.tolerance is not None:
         return adjoint.tolerance
-    return 1e-6 if jnp.finfo(_precision(y)).bits == 64 else 3e-4
+    return 1e-6 if jnp.finfo(precision(y)).bits == 64 else 3e-4
 
 
 _DRIFT = (

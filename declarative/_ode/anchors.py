@@ -80,14 +80,17 @@ class Drift(eqx.Module):
     """How far off reconstruction was: at the start, and at each anchor."""
 
     errors: Float[Array, " anchors_plus_1"]
-    end: PyTree[Array]  # what is compared, at the end of the solve
+    # What is compared, at the later end of the stretch being walked. The scale of a leaf is its own, and local: beside one that is huge,
+    # or where a solution grows or decays by much, another scale would hide an error that matters.
+    later: PyTree[Array]
 
     def noted(self, place, found: PyTree, kept: PyTree) -> "Drift":
-        """With the largest difference, relative to the largest entry of the state there or at the end."""
-        # Of all leaves together: a leaf that starts at zero (a log-density, a cost) has no scale of its own.
-        scale = jnp.maximum(largest(kept), largest(self.end))
-        worst = largest(jtu.tree_map(jnp.subtract, found, kept)) / jnp.where(scale > 0, scale, 1)
-        return Drift(self.errors.at[place].set(worst.astype(self.errors.dtype)), self.end)
+        """With the largest error of a leaf, relative to its largest entry at the two ends of the stretch."""
+        errors = []
+        for new, old, end in zip(*map(jtu.tree_leaves, (found, kept, self.later)), strict=True):
+            scale = jnp.maximum(largest(old), largest(end))
+            errors.append((largest(new - old) / jnp.where(scale > 0, scale, 1)).astype(self.errors.dtype))
+        return Drift(self.errors.at[place].set(largest(errors)), kept)
 
 
 def compare(solver, kept, at, steps, y, state, drift: Drift):

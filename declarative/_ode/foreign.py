@@ -17,7 +17,7 @@ def reversible(solver: dfx.AbstractSolver) -> AbstractReversibleSolver:
     # By its class: diffrax lets a wrapper (`HalfSolver`) pass for what it wraps, whose inverse is not the wrapper's.
     kind = type(solver)
     if issubclass(kind, AbstractReversibleSolver):
-        return solver  # pyright: ignore[reportReturnType]
+        return solver  # pyright: ignore[reportReturnType]  (by its class)
     if kind is dfx.ReversibleHeun:
         return _ReversibleHeun(solver)
     if kind is dfx.SemiImplicitEuler:

@@ -41,10 +41,11 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from .hoist import hoist, hoist_pair
-from .trees import add, subtract, times
+from .trees import add, precision, subtract, times
 
-# ln of the growth of rounding that "auto" allows between two states that are kept (float32, float64).
-BUDGET = {4: 6.0, 8: 13.0}
+ANCHORS = 8  # that `ReversibleAdjoint` keeps unless told otherwise
+# ln of the growth of rounding that "auto" allows between two states that are kept, by the bits of the dtype.
+BUDGET = {32: 6.0, 64: 13.0}
 RUNGE_KUTTA = (dfx.AbstractERK, dfx.Euler)
 
 
@@ -136,7 +137,7 @@ class Pair(eqx.Module):
 
     z: PyTree[Array]
     d: PyTree[Array]
-    rate: Any  # $\lambda = e^{-\mathrm{rate}\,h}$; None unless the coupling is "auto" and an adjoint has set it
+    stretch: Any  # the time between two kept states; None unless the coupling is "auto" and an adjoint has set it
 
 
 class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
@@ -145,10 +146,10 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
     **Arguments:**
 
     - `solver`: a `diffrax.AbstractERK` (Heun, Midpoint, Bosh3, Tsit5, Dopri5, Dopri8, ...; ours: `RungeKutta4`) or `diffrax.Euler`.
-    - `coupling`: $\lambda \in (0, 1]$ of every step, or `"auto"`: $\lambda = e^{-ch}$ with the rate c that lets rounding grow by
-      $e^6$ (float32) or $e^{13}$ (float64) between two states that `ReversibleAdjoint` keeps, whatever the number of steps; that is
-      as stable as reversal allows. Only `ReversibleAdjoint` knows the horizon, so any other adjoint needs a number:
-      `coupling_for(steps, dtype)` is the same one, for equal steps.
+    - `coupling`: $\lambda \in (0, 1]$ of every step, or `"auto"`: $\lambda = e^{-B h/(\tau + h)}$, with $\tau$ the time between two states
+      that `ReversibleAdjoint` keeps. Equal steps then let rounding grow by at most $e^B$ from one to the next, B = 6 in float32 and 13 in
+      float64, however many or few they are; that is as stable as reversal allows. Only `ReversibleAdjoint` knows the horizon, so any
+      other adjoint needs a number: `coupling_for(steps)` is the same one, for equal steps.
 
     Adaptive steps use the embedded error of `solver`, saved values its interpolation. SDEs need a solver that converges to the
     Stratonovich solution.
@@ -217,7 +218,7 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         kept = self._damp(solver_state, t0, t1, d)
         y1 = add(z, add(kept, up))
         down = self._decrement(terms, t0, t1, control, y1, args)
-        state = Pair(add(z, down), subtract(add(kept, up), down), solver_state.rate)
+        state = Pair(add(z, down), subtract(add(kept, up), down), solver_state.stretch)
         y1 = add(state.z, state.d)
         error = None if isinstance(self.solver, dfx.Euler) else _combine(self.tableau.b_error, stages)
         return y1, error, self._dense(z, up, stages, d, kept), state, dfx.RESULTS.successful
@@ -231,7 +232,7 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         z = subtract(state1.z, down)
         up, _ = self._increment(terms, t0, t1, control, z, args)
         d = self._undamp(state1, t0, t1, add(subtract(state1.d, up), down))
-        return add(z, d), Pair(z, d, state1.rate)
+        return add(z, d), Pair(z, d, state1.stretch)
 
     def reverse(self, field, interval, y1, state1, saves_between):
         # The evaluations that invert are the ones that are differentiated.
@@ -248,7 +249,7 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         z = subtract(state1.z, down)
         (up, stages), back_up = field(increment, z)
         d = self._undamp(state1, t0, t1, add(subtract(state1.d, up), down))
-        state = Pair(z, d, state1.rate)
+        state = Pair(z, d, state1.stretch)
 
         def saved(z, up, stages, d):
             return self._dense(z, up, stages, d, self._damp(state1, t0, t1, d))
@@ -269,7 +270,7 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
                 )
             second, more = back_up((of_up, of_stages))
             of_z = add(of_z, more)
-            return jtu.tree_map(jnp.zeros_like, of_z), Pair(of_z, of_d, of_state1.rate), add(first, second)
+            return jtu.tree_map(jnp.zeros_like, of_z), Pair(of_z, of_d, of_state1.stretch), add(first, second)
 
         return add(z, d), state, saved(z, up, stages, d) if saves_between else None, pullback
 
@@ -297,35 +298,38 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
     def _damp(self, state, t0, t1, d):
         if self.coupling != "auto":
             return times(float(self.coupling), d)
-        if state.rate is None:
+        if state.stretch is None:
             raise ValueError(
                 'Reversible(coupling="auto") takes its coupling from the horizon, which only declarative.ReversibleAdjoint knows. '
                 "With another adjoint (or with events, or dense output) give a number: "
                 "Reversible(solver, coupling=declarative.coupling_for(steps))."
             )
-        factor = jnp.exp(-state.rate * (t1 - t0))
+        factor = jnp.exp(-_exponent(state.stretch, t1 - t0, d))
         return jtu.tree_map(lambda d: factor.astype(d.dtype) * d, d)
 
     def _undamp(self, state, t0, t1, d):
         if self.coupling != "auto":
             return jtu.tree_map(lambda d: d / self.coupling, d)
-        factor = jnp.exp(state.rate * (t1 - t0))
+        factor = jnp.exp(_exponent(state.stretch, t1 - t0, d))
         return jtu.tree_map(lambda d: factor.astype(d.dtype) * d, d)
 
 
 def coupling_for(steps: int, dtype=None) -> float:
-    """The coupling that `"auto"` amounts to with equal steps and the default `ReversibleAdjoint`: $(1-\\lambda) N \\approx 6$ between two
-    kept states in float32, 13 in float64.
+    """The coupling that `"auto"` amounts to with equal steps and the default `ReversibleAdjoint`.
 
     **Arguments:** `steps`: how many steps the solve takes. `dtype` of the state; the default float if None.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
-    return float(np.exp(-rate_for(1.0, jnp.zeros((), dtype).dtype) / steps))
+    like = jnp.zeros((), dtype)
+    if like.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {like.dtype}.")
+    return float(np.exp(-_exponent(1 / (ANCHORS + 1), 1 / steps, like)))
 
 
-def rate_for(horizon, dtype, anchors: int = 8):
-    return BUDGET[8 if jnp.finfo(dtype).bits == 64 else 4] * (anchors + 1) / horizon
+def _exponent(stretch, step, like):
+    """$-\\ln \\lambda$. Steps of a stretch, of which the last may reach past its end, sum up to the budget at most if they are equal."""
+    return BUDGET[jnp.finfo(precision(like)).bits] * step / (stretch + step)
 
 
 @dataclasses.dataclass(frozen=True)
