@@ -307,7 +307,7 @@ def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end,
         for i, save in enumerate(saved):
             if save.ts is not None:
                 left[i], left_ts[i], *more = save.between(
-                    field, left[i], left_ts[i], interval, solver.interpolation_cls, info, steps == 1
+                    field, left[i], left_ts[i], interval, solver.interpolation_cls, info
                 )
                 of_info, of_parameters = _plus_both((of_info, of_parameters), more)
         of_y, of_state, more = pullback(of_y, of_state, of_info)

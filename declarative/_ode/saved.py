@@ -64,15 +64,15 @@ class Saved(eqx.Module):
         there = steps % self.steps == 0
         return self._value(field, left - jnp.where(there, 1, 0), t, y, there)
 
-    def between(self, field, left, left_ts, interval, interpolation, info, first):
-        """`(left, left_ts, of_info, of_parameters)`: from the values at times within a step (`first`: its start included)."""
+    def between(self, field, left, left_ts, interval, interpolation, info):
+        """`(left, left_ts, of_info, of_parameters)`: from the values at times within a step, its start left out."""
         ts = self.ts
         assert ts is not None
 
         def there(carry):
             _, left_ts, *_ = carry
             time = ts[jnp.maximum(left_ts - 1, 0)]
-            return (left_ts > 0) & ((time > interval.start) | first)
+            return (left_ts > 0) & (time > interval.start)
 
         def meet(carry):
             left, left_ts, of_info, of_parameters = carry
@@ -88,7 +88,7 @@ class Saved(eqx.Module):
         return jax.lax.while_loop(there, meet, (left, left_ts, *none))
 
     def at_start(self, field, left, t, y):
-        """`(of_y, of_parameters)` from all values that are left: that at the start, and times that no step reached (t0 = t1)."""
+        """`(of_y, of_parameters)` from all values that are left: those at the start, by `t0` or among `ts`."""
         if not self.t0 and self.ts is None:
             return None, None
 
