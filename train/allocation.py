@@ -37,9 +37,10 @@ multiplier, in float64; on the default problem the two agree to 0.1 point.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, get_args
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +50,7 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     objective: Literal["both", "two-stage", "decision"] = "both"
     """What the predictor is trained for. `both` trains one after the other, and compares them."""
     resolution: int = 4
@@ -75,23 +76,12 @@ class Config:
     split: int = 0
     """Which of the splits into images to train, to validate and to test."""
 
-    out: Path | None = None
-    """The run's folder. Default: runs/allocation-SEED. Runs that were interrupted there are resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 50
-    save_every: int = 500
-    tensorboard: bool = True
-    plots: bool = True
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
+    eval_every: int = field(default=50, kw_only=True)
 
     def __post_init__(self):
         if self.objective not in ("both", *OBJECTIVES):
             raise ValueError(f"objective must be both, {' or '.join(OBJECTIVES)}; {self.objective!r} is neither.")
-        for name in "steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("steps batch_size")
         if self.resolution not in (2, 4, 8):
             raise ValueError(
                 f"resolution must be 2, 4 or 8, so that whole pixels are averaged, but is {self.resolution}."
@@ -119,13 +109,8 @@ class Config:
             raise ValueError(f"lr must be positive, but is {self.lr}.")
 
     @property
-    def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"allocation-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {name: value for name, value in asdict(self).items() if name not in free}
+    def name(self) -> str:
+        return f"allocation-{self.seed}"
 
 
 TRAIN, VALIDATION = 700, 250  # of 1797 images; the other 847 are the test part

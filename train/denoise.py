@@ -20,9 +20,10 @@ Signals have 100 entries and 1 to 9 segments with heights uniform in [10, 100]; 
 window, learning rates, steps, the fixed weight) were made on the validation set; the weights are those of the last step.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     model: Literal["tv", "optnet", "mlp"] = "optnet"
     weights: Literal["predicted", "constant"] = "predicted"
     """Whether the weights of `optnet` depend on the signal."""
@@ -56,21 +57,11 @@ class Config:
     """The same for D. Its 9900 entries are far more than the rest, and learn the noise of a batch at a larger rate."""
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/denoise-MODEL-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 200
-    save_every: int = 200
-    tensorboard: bool = True
-    plots: bool = True
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
+    eval_every: int = field(default=200, kw_only=True)
+    save_every: int = field(default=200, kw_only=True)
 
     def __post_init__(self):
-        for name in "filters window width signals held_out steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("filters window width signals held_out steps batch_size")
         if self.window % 2 == 0:
             raise ValueError(f"window must be odd, so that a filter is centred, but is {self.window}.")
         if self.batch_size > self.signals:
@@ -82,14 +73,9 @@ class Config:
             )
 
     @property
-    def directory(self) -> Path:
-        name = "optnet-constant" if (self.model, self.weights) == ("optnet", "constant") else self.model
-        return self.out if self.out is not None else Path("runs") / f"denoise-{name}-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in free}
+    def name(self) -> str:
+        model = "optnet-constant" if (self.model, self.weights) == ("optnet", "constant") else self.model
+        return f"denoise-{model}-{self.seed}"
 
 
 LENGTH, NOISE, HEIGHTS, SEGMENTS = 100, 10.0, (10.0, 100.0), (1, 9)

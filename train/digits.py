@@ -15,16 +15,18 @@ compared on folds of the training images, where they hold up (softmax 98.6 %, sp
 trials of four of them (position scale, patch overlap, learning rate, shifts) had looked at the test images.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     from .loop.fit import TrainState
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     attention: Literal["softmax", "sparsemax", "entmax", "entmax-fixed"] = "softmax"
     """The attention map. `entmax` learns one alpha in (1, 2) per head; `entmax-fixed` keeps `alpha`."""
     alpha: float = 1.5
@@ -49,19 +51,9 @@ class Config:
     """Move, turn and zoom every training image a little, anew each time it is seen."""
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/digits-ATTENTION-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    """With --no-resume a folder that already holds a run is an error."""
     data: Path | None = None
     """A folder of labelled images: MNIST's four IDX files (.gz or not), or train/ and test/ with .npz files."""
-    log_every: int = 10
-    eval_every: int = 50
-    save_every: int = 100
-    tensorboard: bool = True
-    plots: bool = True
-
-    devices: int | None = None
+    devices: int | None = field(default=None, kw_only=True)
     """Devices to spread each batch over, per process (default: all). A CPU is split into this many."""
     distributed: bool = False
     """Several processes, one run: start this command in each. Clusters that JAX knows need no more than that;
@@ -70,11 +62,13 @@ class Config:
     """HOST:PORT of process 0."""
     processes: int | None = None
     process: int | None = None
+    eval_every: int = field(default=50, kw_only=True)
+    save_every: int = field(default=100, kw_only=True)
+
+    free = f"{RunConfig.free} data distributed coordinator processes process"
 
     def __post_init__(self):
-        for name in "patch width depth heads steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("patch width depth heads steps batch_size")
         for name in ("lr", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}.")
@@ -90,15 +84,12 @@ class Config:
             )
 
     @property
-    def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"digits-{self.attention}-{self.seed}"
+    def name(self) -> str:
+        return f"digits-{self.attention}-{self.seed}"
 
     def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these. The others may change when it resumes."""
-        free = "out resume data log_every eval_every save_every tensorboard plots".split()
-        free += "devices distributed coordinator processes process".split()
         data = "digits" if self.data is None else str(self.data.resolve())
-        return {k: v for k, v in asdict(self).items() if k not in free} | {"data": data}
+        return RunConfig.identity(self) | {"data": data}
 
 
 def train(config: Config) -> "tuple[TrainState, dict[str, float]]":

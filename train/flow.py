@@ -16,9 +16,10 @@ The points of the plane are drawn anew from their density (4000 to train, 2000 h
 and scale from the training part only. The weights are those of the last step; nothing is selected on held-out rows.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     from .loop.fit import TrainState
@@ -27,7 +28,7 @@ LIMIT = {"moons": 3.5, "pinwheel": 5.5}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     data: Literal["moons", "pinwheel", "digits"] = "moons"
     components: int = 10
     """Principal components of the digits."""
@@ -45,30 +46,12 @@ class Config:
     weight_decay: float = 1e-3
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/flow-DATA-TRACE-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 500
-    tensorboard: bool = True
-    plots: bool = True
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
-
     def __post_init__(self):
-        for name in "components hidden solver_steps steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("components hidden solver_steps steps batch_size")
 
     @property
-    def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"flow-{self.data}-{self.trace}-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {k: v for k, v in asdict(self).items() if k not in free}
+    def name(self) -> str:
+        return f"flow-{self.data}-{self.trace}-{self.seed}"
 
 
 def fit_mixture(rows, seed: int, most: int = 40):

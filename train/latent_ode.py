@@ -16,9 +16,10 @@ The measurement noise of the oscillations has variance 0.0025, below which no er
 nothing is selected on the test series.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     from .loop.fit import TrainState
@@ -28,7 +29,7 @@ END = 2 / 3
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     model: Literal["latent_ode", "gru"] = "latent_ode"
     data: Literal["oscillations", "eeg"] = "oscillations"
     length: int = 48
@@ -49,34 +50,16 @@ class Config:
     weight_decay: float = 1e-3
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/latent-DATA-MODEL-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 500
-    tensorboard: bool = True
-    plots: bool = True
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
-
     def __post_init__(self):
-        for name in "rows latent hidden solver_steps steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("rows latent hidden solver_steps steps batch_size")
         if self.length < 4:
             raise ValueError(f"length must be at least 4, but is {self.length}.")
         if not self.noise > 0:
             raise ValueError(f"noise must be positive, but is {self.noise}.")
 
     @property
-    def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"latent-{self.data}-{self.model}-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {k: v for k, v in asdict(self).items() if k not in free}
+    def name(self) -> str:
+        return f"latent-{self.data}-{self.model}-{self.seed}"
 
 
 def straight_lines(times, values, mask):

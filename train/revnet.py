@@ -12,9 +12,10 @@ The data are scikit-learn's 1797 digits of 8 x 8 pixels, split 80/20 with a fixe
 is selected on the test images.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     from .loop.fit import TrainState
@@ -23,7 +24,7 @@ DEPTHS = (4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     model: Literal["revnet", "momentum", "resnet"] = "revnet"
     depth: int = 16
     """Number of blocks."""
@@ -44,33 +45,18 @@ class Config:
     weight_decay: float = 0.05
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/revnet-MODEL-DEPTH-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 100
-    save_every: int = 300
-    tensorboard: bool = True
-    plots: bool = True
+    plots: bool = field(default=True, kw_only=True)
     """Also the measurements behind the plot, which compile a gradient twice for each depth."""
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
+    save_every: int = field(default=300, kw_only=True)
 
     def __post_init__(self):
-        for name in "depth width hidden steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("depth width hidden steps batch_size")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], but is {self.gamma}.")
 
     @property
-    def directory(self) -> Path:
-        return self.out if self.out is not None else Path("runs") / f"revnet-{self.model}-{self.depth}-{self.seed}"
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {k: v for k, v in asdict(self).items() if k not in free}
+    def name(self) -> str:
+        return f"revnet-{self.model}-{self.depth}-{self.seed}"
 
 
 def train(config: Config) -> "tuple[TrainState, dict[str, float]]":

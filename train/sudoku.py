@@ -21,10 +21,11 @@ cell of it is. The weights are those of the last step; nothing is selected on ei
 # Fields that are None take the default of their board's side, before anything reads them.
 # pyright: reportArgumentType=false, reportOptionalOperand=false, reportOperatorIssue=false, reportGeneralTypeIssues=false, reportOptionalIterable=false
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from math import log
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from .loop.config import RunConfig
 
 if TYPE_CHECKING:
     from .loop.fit import TrainState
@@ -57,7 +58,7 @@ GRIDS = 1000  # random full grids of side 9; of side 4 all 288 are taken
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     model: Literal["optnet", "mlp"] = "optnet"
     side: Literal[4, 9] = 4
     """Rows, columns and digits of a board. The defaults of the fields below that are None depend on it: see `DEFAULTS`."""
@@ -80,16 +81,7 @@ class Config:
     """Peak learning rate: a cosine to zero."""
     seed: int = 0
 
-    out: Path | None = None
-    """The run's folder. Default: runs/sudoku-MODEL-SEED. A run that was interrupted there is resumed."""
-    resume: bool = True
-    log_every: int = 10
-    eval_every: int = 200
-    save_every: int = 500
-    tensorboard: bool = True
-    plots: bool = True
-    devices: int | None = None
-    """Devices to spread each batch over (default: all)."""
+    eval_every: int = field(default=200, kw_only=True)
 
     def __post_init__(self):
         if self.side not in DEFAULTS:
@@ -97,9 +89,7 @@ class Config:
         for name, value in DEFAULTS[self.side].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in "equations width puzzles steps batch_size log_every eval_every save_every".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")
+        self.check_at_least_one("equations width puzzles steps batch_size")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must lie between 0 and 1, but is {self.held_out}.")
         (low, high), fewest, cells = self.clues, FEWEST_CLUES[self.side], self.side**2
@@ -112,17 +102,8 @@ class Config:
             raise ValueError(f"equations must be fewer than the {self.side**3} unknowns, but are {self.equations}.")
 
     @property
-    def directory(self) -> Path:
-        return (
-            self.out
-            if self.out is not None
-            else Path("runs") / f"sudoku{'' if self.side == 4 else self.side}-{self.model}-{self.seed}"
-        )
-
-    def identity(self) -> dict[str, Any]:
-        """The fields that determine the result: a folder holds one run of these."""
-        free = "out resume log_every eval_every save_every tensorboard plots devices".split()
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if k not in free}
+    def name(self) -> str:
+        return f"sudoku{'' if self.side == 4 else self.side}-{self.model}-{self.seed}"
 
 
 def train(config: Config) -> "tuple[TrainState, dict[str, float]]":

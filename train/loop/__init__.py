@@ -1,5 +1,6 @@
 """What the training scripts share, one idea a file.
 
+    config.py       the fields that every run has
     fit.py          the loop: one flat function around one jitted step
     devices.py      the mesh, and how batches and parameters are laid out on it
     data.py         batches as a pure function of (seed, step); readers for IDX and NPZ files
