@@ -195,6 +195,8 @@ def test_the_other_scripts_run_and_draw(tmp_path, monkeypatch):
     import train.ode_digits
 
     monkeypatch.setattr(train.ode_digits, "STEPS", (4, 16))
+    # Each is a compilation; the gradients of all of them are compared above.
+    monkeypatch.setattr(train.ode_digits, "ADJOINTS", ("reversible", "coupled", "stored"))
     short: dict[str, Any] = SHORT | {"steps": 60}
     _, result = train.ode_digits.train(train.ode_digits.Config(solver_steps=8, out=tmp_path / "digits", **short))
     assert result["test/accuracy"] > 0.5
