@@ -21,6 +21,9 @@ from ._core.results import RESULTS as RESULTS
 from ._losses.fenchel_young import entmax_loss as entmax_loss
 from ._losses.fenchel_young import softmax_loss as softmax_loss
 from ._losses.fenchel_young import sparsemax_loss as sparsemax_loss
+from ._nodes.dynamics.neural_ode import InitialValue as InitialValue
+from ._nodes.dynamics.neural_ode import NeuralODE as NeuralODE
+from ._nodes.dynamics.neural_ode import Trajectory as Trajectory
 from ._nodes.generic.argmin import Argmin as Argmin
 from ._nodes.generic.fixed_point import FixedPoint as FixedPoint
 from ._nodes.generic.function import implicit as implicit

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import diffrax as dfx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -56,6 +57,27 @@ def picard_reference(x):
     y = np.zeros(4)
     for _ in range(2000):
         y = np.tanh(weight @ y + bias)
+    return y
+
+
+def flow(t, y, args):
+    return jnp.tanh(args @ y + t)
+
+
+def flow_reference(x, steps):
+    """Heun's method coupled to itself (McCallum & Foster 2024, Eq. 4), in NumPy and with the pair that the paper has."""
+    y = z = np.asarray(x.y0, np.float64)
+    h, weight = 1 / steps, np.asarray(x.args, np.float64)
+    coupling = np.exp(-13 * h / (1 / 9 + h))
+    field = lambda t, y: np.tanh(weight @ y + t)
+
+    def heun(t, y, h):
+        k = field(t, y)
+        return h / 2 * (k + field(t + h, y + h * k))
+
+    for n in range(steps):
+        y = coupling * y + (1 - coupling) * z + heun(n * h, z, h)
+        z = z - heun((n + 1) * h, y, -h)
     return y
 
 
@@ -160,6 +182,13 @@ ROWS = [
         failures={"nonfinite_data": INFINITE},
         adjoints=(None, dn.ImplicitAdjoint()),
         unrolled=False,  # the mass is not convex in the multiplier for alpha > 2: the unrolled Newton iteration is not offered
+    ),
+    Row(
+        "neural-ode",
+        lambda **kw: dn.NeuralODE(flow, **{"steps": 60, **kw}),
+        dn.InitialValue(jnp.array([0.3, -0.5, 0.8, 0.1]), WEIGHT),
+        reference=lambda x: flow_reference(x, 60),
+        adjoints=(None, dfx.DirectAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.ForwardMode(), dn.UnrolledAdjoint()),
     ),
     Row(
         "quadratic-program",

@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from . import health
-from .adjoint import AbstractAdjoint, ImplicitAdjoint, bounded_loop, lax_loop
+from .adjoint import AbstractAdjoint, ImplicitAdjoint, bounded_loop, lax_loop, modes
 from .failure import describe, raise_failures
 from .implicit import (
     LinearSystem,
@@ -113,8 +113,9 @@ class AbstractDeclarativeNode(eqx.Module):
 
     **It may define** (each has a default): `pack`, `check`, `guess`, `value`, `dual`, `objective`, `step` (a contraction whose fixed
     points are the solutions; needed by the Neumann and one-step adjoints), `linear_system` (structure of dF/dy),
-    `kink_distance`, and the class attributes `smoothness`, `closed_form` (the derivative of `run` itself is the rule: no linear
-    solve, nothing to check) and `fails_as_nan` (of a closed form: a failed element is NaN already, value and gradient).
+    `kink_distance`, `run_for_value` (a shorter `run` for plain calls), and the class attributes `smoothness`, `closed_form` (without an
+    adjoint the derivative of `run` itself is the rule: no linear solve, nothing to check), `fails_as_nan` (of a closed form: a failed
+    element is NaN already, value and gradient) and `own_adjoints` (classes of adjoints that `run` applies by itself).
 
     **Calls.** `node(x)` returns the value and applies the policy; `node.solve(x)` returns a `Solution` and never raises on
     failure. One example each: batches by `jax.vmap`. `x` is any pytree of arrays; the node's own array leaves are learnable.
@@ -129,8 +130,14 @@ class AbstractDeclarativeNode(eqx.Module):
     smoothness: ClassVar[str] = "not declared"
     closed_form: ClassVar[bool] = False
     fails_as_nan: ClassVar[bool] = False
+    own_adjoints: ClassVar[tuple[type, ...]] = ()
 
     def __check_init__(self):
+        if isinstance(self.adjoint, self.own_adjoints):
+            return
+        if self.own_adjoints and self.adjoint is not None:
+            names = " or ".join(f"a {kind.__module__.split('.')[0]}.{kind.__name__}" for kind in self.own_adjoints)
+            raise ValueError(f"adjoint of {type(self).__name__} must be None, {names}; got {self.adjoint!r}.")
         if self.adjoint is not None and not isinstance(self.adjoint, optx.AbstractAdjoint):
             raise ValueError(f"adjoint must be an optimistix or declarative adjoint, or None; got {self.adjoint!r}.")
         if isinstance(self.adjoint, AbstractAdjoint) and self.adjoint.needs_step:
@@ -147,6 +154,15 @@ class AbstractDeclarativeNode(eqx.Module):
     @abc.abstractmethod
     def run(self, x: PyTree, y0: PyTree, loop: Callable) -> Run:
         """Finds the unknown."""
+
+    def run_for_value(self, x: PyTree, y0: PyTree, loop: Callable) -> Run:
+        """As `run`, where nothing will read the unknown but `value`."""
+        return self.run(x, y0, loop)
+
+    @property
+    def modes(self) -> frozenset[str]:
+        """How the node can be differentiated: a subset of {"forward", "reverse", "higher-order"}."""
+        return modes(self.adjoint)
 
     def guess(self, x: PyTree, y0: PyTree) -> PyTree:
         """The initial unknown from the caller's guess (None if there is none)."""
@@ -261,7 +277,7 @@ def _evaluate(inputs, probe):
         data_ok = code != int(RESULTS.nonfinite_data._value)
         last = lambda leaf: jnp.where(data_ok & jnp.isfinite(leaf), detach(leaf), 0)
         return select(code == 0, value, last), code
-    if node.adjoint is None and node.fails_as_nan:
+    if _rule(node) is None and node.fails_as_nan:
         return value, code
     # A product, not a select: the gradient of a failed element is NaN as well.
     return jtu.tree_map(lambda leaf: leaf * jnp.where(code == 0, 1, jnp.nan).astype(leaf.dtype), value), code
@@ -287,10 +303,8 @@ def _solve(inputs, probe) -> Solution:
 
 def _differentiable_point(inputs, probe, throw: bool, measured: bool):
     node = inputs[0]
-    adjoint = node.adjoint
+    adjoint = _rule(node)
     fill, title = node.policy.fill, type(node).__name__ if throw else None
-    if adjoint is None and not node.closed_form:
-        adjoint = ImplicitAdjoint()
     if isinstance(adjoint, AbstractAdjoint) and not adjoint.unrolls:
         problem = Problem(
             run=_run,
@@ -304,12 +318,13 @@ def _differentiable_point(inputs, probe, throw: bool, measured: bool):
         return implicit_solution(inputs, probe, problem=problem)
     # From here on the derivative is that of the algorithm itself (or a foreign adjoint's).
     residual = None if adjoint is None else _optimality
+    plain = _run if measured or residual is not None else _run_for_value
     if fill == "zero":
         # A NaN inside the iterations would make NaN of a zero cotangent: the inputs of failed elements must be cut off before.
-        ok = judge(detach_tree(_run(detach_tree(inputs))), residual, detach_tree(inputs)).ok
+        ok = judge(detach_tree(plain(detach_tree(inputs))), residual, detach_tree(inputs)).ok
         inputs = select(ok, inputs, detach)
     if adjoint is None:
-        run = _run(inputs)
+        run = plain(inputs)
     elif isinstance(adjoint, AbstractAdjoint):
         run = _run(inputs, bounded_loop)
     else:
@@ -326,7 +341,15 @@ def _differentiable_point(inputs, probe, throw: bool, measured: bool):
 # The functions of a Problem, and of a foreign adjoint: global and free of closures, so that every array is in `inputs`.
 def _run(inputs, loop=lax_loop):
     node, x, y0 = inputs
-    run = node.run(x, y0, loop)
+    return _checked(node, node.run(x, y0, loop))
+
+
+def _run_for_value(inputs):
+    node, x, y0 = inputs
+    return _checked(node, node.run_for_value(x, y0, lax_loop))
+
+
+def _checked(node, run) -> Run:
     if not isinstance(run, Run):
         raise TypeError(f"{type(node).__name__}.run must return a declarative.Run, got {type(run).__name__}.")
     return run
@@ -373,10 +396,18 @@ _foreign_primal = getattr(_foreign_primal, "__wrapped__", _foreign_primal)
 _foreign_rewrite = getattr(_foreign_rewrite, "__wrapped__", _foreign_rewrite)
 
 
+def _rule(node) -> optx.AbstractAdjoint | None:
+    """The adjoint that goes around `run`; None where the derivative of `run` itself is the rule."""
+    if isinstance(node.adjoint, node.own_adjoints):
+        return None
+    if node.adjoint is None and not node.closed_form:
+        return ImplicitAdjoint()
+    return node.adjoint
+
+
 def _solves_linear_system(node) -> bool:
-    if node.adjoint is None:
-        return not node.closed_form
-    return isinstance(node.adjoint, AbstractAdjoint) and not node.adjoint.unrolls
+    rule = _rule(node)
+    return isinstance(rule, AbstractAdjoint) and not rule.unrolls
 
 
 @eqx.filter_custom_jvp

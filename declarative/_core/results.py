@@ -20,6 +20,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
     unbounded = "The objective is unbounded below on the feasible set."
     indefinite = "The problem is not convex where the solver needs it to be."
     dependent_equations = "More equations depend on one another than the node provides for. Remove rows of `A`, or raise `dependent_equations`."
+    ode_unfinished = (
+        "The differential equation was not solved up to its end: the steps ran out, or could not be made small enough. Raise "
+        "`max_steps` or loosen the controller's tolerances; if the equation is stiff, use an implicit solver; if its solution runs "
+        "off to infinity, shorten the time."
+    )
     singular_jacobian = (
         "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
         "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "

@@ -137,7 +137,7 @@ class _Grid(eqx.Module):
 
     t0: Array
     t1: Array
-    first: Array  # the end of the first step
+    first: Array  # the end of the first step, if the times are known
     last: Array  # and of the last, which diffrax may have moved to t1
     steps: Array
     controller: Any  # ConstantStepSize or StepTo; None if the times are recorded
@@ -147,8 +147,10 @@ class _Grid(eqx.Module):
     def time(self, steps):
         """After so many steps; t0 also for less than none."""
         if self.recorded is not None:
+            # The first step that was tried may have been rejected, the first that was recorded was not.
             time = self.recorded[jnp.maximum(steps - 1, 0)]
-        elif isinstance(self.controller, dfx.StepTo):
+            return jnp.where(steps <= 0, self.t0, jnp.where(steps >= self.steps, self.last, time))
+        if isinstance(self.controller, dfx.StepTo):
             time = self.controller.ts[jnp.maximum(self.state - 2 + steps, 0)]
         else:
             # What the controller says after the step before, of which it needs the number alone; with no end, the time as well.
@@ -417,8 +419,7 @@ def _constant(tree, name: str):
 def _once(tree):
     return eqxi.nondifferentiable(
         tree,
-        msg="ReversibleAdjoint is differentiated once, in reverse mode. For second derivatives use diffrax.RecursiveCheckpointAdjoint() or "
-        "diffrax.DirectAdjoint().",
+        msg="ReversibleAdjoint is differentiated once, in reverse mode. For second derivatives use diffrax.DirectAdjoint().",
     )
 
 

@@ -18,10 +18,8 @@ def reversible(solver: dfx.AbstractSolver) -> AbstractReversibleSolver:
     kind = type(solver)
     if issubclass(kind, AbstractReversibleSolver):
         return solver  # pyright: ignore[reportReturnType]  (by its class)
-    if kind is dfx.ReversibleHeun:
-        return _ReversibleHeun(solver)
-    if kind is dfx.SemiImplicitEuler:
-        return _SemiImplicitEuler(solver)
+    if kind in _INVERTED:
+        return _INVERTED[kind](solver)
     name = kind.__name__
     wrap = f" Use declarative.Reversible(diffrax.{name}())." if issubclass(kind, RUNGE_KUTTA) else ""
     raise ValueError(
@@ -29,6 +27,11 @@ def reversible(solver: dfx.AbstractSolver) -> AbstractReversibleSolver:
         "declarative.Reversible(solver), AsynchronousLeapfrog, Leapfrog, diffrax.ReversibleHeun, diffrax.SemiImplicitEuler, and "
         "subclasses of declarative.AbstractReversibleSolver."
     )
+
+
+def has_inverse(solver: dfx.AbstractSolver) -> bool:
+    """Whether `reversible` takes it."""
+    return issubclass(type(solver), AbstractReversibleSolver) or type(solver) in _INVERTED
 
 
 class _Foreign(AbstractReversibleSolver):
@@ -124,3 +127,6 @@ class _SemiImplicitEuler(_Foreign):
         p, q = y1
         q = subtract(q, g.vf_prod(t0, p, args, g.contr(t0, t1)))
         return (subtract(p, f.vf_prod(t0, q, args, f.contr(t0, t1))), q), None
+
+
+_INVERTED = {dfx.ReversibleHeun: _ReversibleHeun, dfx.SemiImplicitEuler: _SemiImplicitEuler}

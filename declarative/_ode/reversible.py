@@ -137,7 +137,10 @@ class Pair(eqx.Module):
 
     z: PyTree[Array]
     d: PyTree[Array]
-    stretch: Any  # the time between two kept states; None unless the coupling is "auto" and an adjoint has set it
+    stretch: Any  # the time between two kept states; None unless the coupling is "auto" and someone has told it
+
+    def told(self, stretch: Any) -> "Pair":
+        return Pair(self.z, self.d, stretch)
 
 
 class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
@@ -314,17 +317,17 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         return jtu.tree_map(lambda d: factor.astype(d.dtype) * d, d)
 
 
-def coupling_for(steps: int, dtype=None) -> float:
-    """The coupling that `"auto"` amounts to with equal steps and the default `ReversibleAdjoint`.
+def coupling_for(steps: int, dtype=None, *, anchors: int = ANCHORS) -> float:
+    """The coupling that `"auto"` amounts to with equal steps and `ReversibleAdjoint(anchors)`.
 
-    **Arguments:** `steps`: how many steps the solve takes. `dtype` of the state; the default float if None.
+    **Arguments:** `steps`: how many steps the solve takes. `dtype` of the state; the default float if None. `anchors`: of the adjoint.
     """
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
         raise ValueError(f"steps must be a positive integer, got {steps!r}.")
     like = jnp.zeros((), dtype)
     if like.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"dtype must be float32 or float64, got {like.dtype}.")
-    return float(np.exp(-_exponent(1 / (ANCHORS + 1), 1 / steps, like)))
+    return float(np.exp(-_exponent(1 / (anchors + 1), 1 / steps, like)))
 
 
 def _exponent(stretch, step, like):

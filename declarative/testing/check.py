@@ -18,7 +18,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from .._core.adjoint import UnrolledAdjoint, modes
+from .._core.adjoint import UnrolledAdjoint
 from .._core.failure import SolveError
 from .._core.node import AbstractDeclarativeNode, Policy, _evaluate
 from .._core.results import RESULTS
@@ -80,7 +80,7 @@ def check_node(
     report = CheckReport(type(node).__name__)
     x = jtu.tree_map(jnp.asarray, node.pack(x))
     quiet = replace(node, policy=_quiet(node.policy))
-    setting = _Setting(report, quiet, x, y0, project or (lambda value: value), modes(node.adjoint))
+    setting = _Setting(report, quiet, x, y0, project or (lambda value: value))
     checks: list[tuple[Callable, tuple]] = [
         (_check_value, (reference, feasible)),
         (_check_first_order, (unrolled,)),
@@ -118,8 +118,8 @@ def _quiet(policy: Policy, on_failure=None) -> Policy:
 class _Setting:
     """The node as a function of one vector: its own inexact leaves and those of x."""
 
-    def __init__(self, report: CheckReport, node, x, y0, project, supported):
-        self.report, self.node, self.x, self.y0, self.project, self.supported = report, node, x, y0, project, supported
+    def __init__(self, report: CheckReport, node, x, y0, project):
+        self.report, self.node, self.x, self.y0, self.project, self.supported = report, node, x, y0, project, node.modes
         self.dtype = jnp.float64 if jax.config.jax_enable_x64 else jnp.float32  # pyright: ignore[reportAttributeAccessIssue]
         moving, self.still = eqx.partition((_cast(node, self.dtype), _cast(x, self.dtype)), eqx.is_inexact_array)
         self.vector, self.unravel = ravel_pytree(moving)
