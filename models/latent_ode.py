@@ -67,25 +67,29 @@ def _read(cell, times, values, mask, reverse: bool) -> Float[Array, "n+1 hidden"
     return jnp.concatenate([start[None], jax.lax.scan(step, start, (inputs, seen))[1]])
 
 
+class Field(eqx.Module):
+    mlp: eqx.nn.MLP
+    speed: float = eqx.field(static=True)
+
+    def __call__(self, t, z: Float[Array, " latent"], args: None) -> Float[Array, " latent"]:
+        del t, args
+        return self.speed * self.mlp(z)
+
+
 class LatentODE(eqx.Module):
     cell: eqx.nn.GRUCell
     posterior: eqx.nn.Linear
-    field: eqx.nn.MLP
+    ode: dn.NeuralODE
     decoder: eqx.nn.MLP
-    solver: dfx.AbstractSolver
-    adjoint: dfx.AbstractAdjoint
-    speed: float = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
 
     def __init__(self, config: LatentODEConfig, *, key: PRNGKeyArray):
         keys = jr.split(key, 4)
         c, z, h = config.channels, config.latent, config.hidden
         self.cell = eqx.nn.GRUCell(2 * c + 1, h, key=keys[0], dtype=jnp.float32)
         self.posterior = eqx.nn.Linear(h, 2 * z, key=keys[1], dtype=jnp.float32)
-        self.field = eqx.nn.MLP(z, z, h, 2, activation=jnp.tanh, key=keys[2], dtype=jnp.float32)
+        field = Field(eqx.nn.MLP(z, z, h, 2, activation=jnp.tanh, key=keys[2], dtype=jnp.float32), config.speed)
+        self.ode = dn.NeuralODE(field, dn.Reversible(dfx.Heun()), steps=config.steps, throw=False)
         self.decoder = eqx.nn.MLP(z, c, h, 1, activation=jnp.tanh, key=keys[3], dtype=jnp.float32)
-        self.solver, self.adjoint = dn.Reversible(dfx.Heun()), dn.ReversibleAdjoint()
-        self.speed, self.steps = config.speed, config.steps
 
     def encode(self, times, values, mask) -> tuple[Float[Array, " latent"], Float[Array, " latent"]]:
         """Mean and logarithm of the standard deviation of z at t = 0."""
@@ -93,20 +97,7 @@ class LatentODE(eqx.Module):
         return mean, log_std - 2  # starts sharp, so that the decoder sees a signal
 
     def decode(self, z: Float[Array, " latent"], times: Float[Array, " n"]) -> Float[Array, "n channels"]:
-        start, end, step = (jnp.asarray(t, jnp.float32) for t in (0.0, 1.0, 1 / self.steps))
-        solution = dfx.diffeqsolve(
-            dfx.ODETerm(lambda t, z, args: self.speed * self.field(z)),
-            self.solver,
-            start,
-            end,
-            step,
-            z,
-            saveat=dfx.SaveAt(ts=times),
-            adjoint=self.adjoint,
-            max_steps=self.steps,
-        )
-        assert solution.ys is not None
-        return jax.vmap(self.decoder)(jax.tree.leaves(solution.ys)[0])
+        return jax.vmap(self.decoder)(self.ode(z, ts=times))
 
     def __call__(
         self,

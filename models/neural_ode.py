@@ -4,7 +4,7 @@ Shapes of one example: image `(height, width)` -> state `(width + augment,)` -> 
 `jax.vmap`. The state starts as a linear map of the pixels beside `augment` zeros, moves by $\dot y = f(t, y)$ with a tanh MLP f, and is read
 out linearly. Without the zeros the flow is a homeomorphism of the features, which cannot untangle what is nested.
 
-Solver and adjoint are fields, of two halves of one `diffrax.diffeqsolve`. `scheme` names the pairs:
+Solver and adjoint are fields of the `declarative.NeuralODE` in the middle. `scheme` names the pairs:
 
 | `adjoint`      | solver                 | gradient                                                    | states kept in N steps |
 |----------------|------------------------|-------------------------------------------------------------|------------------------|
@@ -25,7 +25,6 @@ from typing import Literal, get_args
 
 import diffrax as dfx
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -83,29 +82,20 @@ class Field(eqx.Module):
 
 class NeuralODEClassifier(eqx.Module):
     stem: eqx.nn.Linear
-    field: Field
+    ode: dn.NeuralODE
     head: eqx.nn.Linear
-    solver: dfx.AbstractSolver
-    adjoint: dfx.AbstractAdjoint
     augment: int = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
 
     def __init__(self, config: NeuralODEConfig, *, key: PRNGKeyArray):
         keys, size = jr.split(key, 3), config.width + config.augment
         self.stem = eqx.nn.Linear(config.image[0] * config.image[1], config.width, key=keys[0], dtype=jnp.float32)
-        self.field = Field(size, config.hidden, key=keys[1])
+        field, (solver, adjoint) = Field(size, config.hidden, key=keys[1]), scheme(config.adjoint, config.steps)
+        self.ode = dn.NeuralODE(field, solver, adjoint=adjoint, steps=config.steps, throw=False)
         self.head = eqx.nn.Linear(size, config.classes, key=keys[2], dtype=jnp.float32)
-        self.solver, self.adjoint = scheme(config.adjoint, config.steps)
-        self.augment, self.steps = config.augment, config.steps
+        self.augment = config.augment
 
     def __call__(self, image: Float[Array, "height width"]) -> Float[Array, " classes"]:
-        y0 = jnp.pad(self.stem(image.ravel()), (0, self.augment))
-        start, end, step = (jnp.asarray(t, jnp.float32) for t in (0.0, 1.0, 1 / self.steps))
-        solution = dfx.diffeqsolve(
-            dfx.ODETerm(self.field), self.solver, start, end, step, y0, adjoint=self.adjoint, max_steps=self.steps
-        )
-        assert solution.ys is not None
-        return self.head(jax.tree.leaves(solution.ys)[0][0])
+        return self.head(self.ode(jnp.pad(self.stem(image.ravel()), (0, self.augment))))
 
 
 def make(config: NeuralODEConfig, *, key: PRNGKeyArray) -> NeuralODEClassifier:
