@@ -8,7 +8,8 @@ A block maps a pair to a pair of the same shapes, and has an inverse in closed f
 | `MomentumBlock`   | $v' = \gamma v + (1-\gamma) f(x)$, $x' = x + v'$             | $x = x' - v'$, $v = (v' - (1-\gamma) f(x))/\gamma$    |
 
 **Gradient.** Backwards through the blocks, each first inverted and then differentiated at the input so found: one evaluation and one
-vector-Jacobian product of every f and g. Memory is that of one block, whatever the depth, and the gradients of the parameters.
+vector-Jacobian product of every f and g. Memory is that of one block, whatever the depth, and the gradients of the parameters, one of each
+also where `jax.vmap` runs a batch through the network inside a loss.
 **Rounding.** The input found differs from the one that was there by rounding, which the blocks before amplify; the momentum block's
 division by $\gamma$ amplifies it by $1/\gamma$ a block, so a sequence of N needs $N \ln(1/\gamma) \lesssim \ln(\mathrm{tol}/\epsilon)$.
 `ReversibleSequence.round_trip` measures it.
@@ -28,6 +29,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._core.summed import Rule, vjp
 from .._linear.norms import largest
 
 
@@ -51,7 +53,7 @@ class AbstractReversibleBlock(eqx.Module):
     def pull_back(self, y, cotangent, state, key):
         """(input, its cotangent, the block's cotangent) from the output and its cotangent."""
         x = self.inverse(y, state, key)
-        _, back = eqx.filter_vjp(lambda block, x: block.forward(x, state, key)[0], self, x)
+        _, back = _vjp(lambda block, x: block.forward(x, state, key)[0], self, x)
         of_block, of_x = back(cotangent)
         return x, of_x, of_block
 
@@ -87,10 +89,10 @@ class ReversibleBlock(AbstractReversibleBlock):
         # As in the paper: the evaluation that inverts is the one that is differentiated.
         (y1, y2), (c1, c2) = y, cotangent
         keys = (None, None) if key is None else jr.split(key)
-        step, back = eqx.filter_vjp(lambda g, y1: _call(g, y1, state, keys[1])[0], self.g, y1)
+        step, back = _vjp(lambda g, y1: _call(g, y1, state, keys[1])[0], self.g, y1)
         of_g, more = back(_of_type(c2, step))
         x2, c1 = _subtract(y2, step), _add(c1, more)
-        step, back = eqx.filter_vjp(lambda f, x2: _call(f, x2, state, keys[0])[0], self.f, x2)
+        step, back = _vjp(lambda f, x2: _call(f, x2, state, keys[0])[0], self.f, x2)
         of_f, more = back(_of_type(c1, step))
         return (_subtract(y1, step), x2), (c1, _add(c2, more)), _cotangent(self, f=of_f, g=of_g)
 
@@ -129,7 +131,7 @@ class MomentumBlock(AbstractReversibleBlock):
     def pull_back(self, y, cotangent, state, key):
         c, d = cotangent
         x, v = _subtract(*y), y[1]
-        step, back = eqx.filter_vjp(lambda f, x: _call(f, x, state, key)[0], self.f, x)
+        step, back = _vjp(lambda f, x: _call(f, x, state, key)[0], self.f, x)
         d = _add(c, d)
         of_f, more = back(_of_type(_times(1 - self.gamma, d), step))
         return (x, self._before(v, step)), (_add(c, more), _times(self.gamma, d)), _cotangent(self, f=of_f)
@@ -181,10 +183,10 @@ class ReversibleSequence(eqx.Module):
     def __call__(self, x, state=None, *, key: PRNGKeyArray | None = None):
         x = _pair(x)
         keys = None if key is None else jr.split(key, self.depth)
-        run = _reconstructing if self.backward == "reconstruct" else _forward
+        run = _reconstructing if self.backward == "reconstruct" else _primal
         if state is None:
-            return run((self.blocks, x), self.depth, None, keys)[0]
-        y, new = run((self.blocks, x), self.depth, _constant(state.substate(self.blocks)), keys)
+            return run((x, self.blocks), (self.depth, None, keys))[0]
+        y, new = run((x, self.blocks), (self.depth, _constant(state.substate(self.blocks)), keys))
         return y, _copy(state).update(_constant(new))
 
     def inverse(self, y, state=None, *, key: PRNGKeyArray | None = None):
@@ -220,22 +222,20 @@ def _forward(blocks_and_x, depth, state, keys):
     return jax.lax.scan(step, x, (arrays, state, keys), depth)
 
 
-@eqx.filter_custom_vjp
-def _reconstructing(blocks_and_x, depth, state, keys):
-    return _forward(blocks_and_x, depth, state, keys)
+def _primal(x_and_blocks, constants):
+    x, blocks = x_and_blocks
+    return _forward((blocks, x), *constants)
 
 
-@_reconstructing.def_fwd
-def _(perturbed, blocks_and_x, depth, state, keys):
-    del perturbed
-    y, new = _forward(blocks_and_x, depth, state, keys)
+def _forwards(x_and_blocks, constants):
+    y, new = _primal(x_and_blocks, constants)
     return (y, new), y
 
 
-@_reconstructing.def_bwd
-def _(y, cotangents, perturbed, blocks_and_x, depth, state, keys):
+def _backwards(y, cotangents, perturbed, x_and_blocks, constants):
     del perturbed
-    blocks, x = blocks_and_x
+    _, blocks = x_and_blocks
+    depth, state, keys = constants
     arrays, static = eqx.partition(blocks, eqx.is_array)
     cotangent = jtu.tree_map(lambda c, y: jnp.zeros_like(y) if c is None else c, cotangents[0], y, is_leaf=_is_none)
 
@@ -246,7 +246,16 @@ def _(y, cotangents, perturbed, blocks_and_x, depth, state, keys):
         return (x, cotangent), eqx.filter(of_block, eqx.is_array)
 
     (_, of_x), of_blocks = jax.lax.scan(back, (y, cotangent), (arrays, state, keys), depth, reverse=True)
-    return of_blocks, of_x
+    return of_x, of_blocks
+
+
+_reconstructing = Rule(_primal, _forwards, _backwards)
+
+
+def _vjp(fn, module, x):
+    """`fn(module, x)` and its pullback `cotangent -> (of_module, of_x)`, summed over lanes that share the module."""
+    (of_module, of_x), still = eqx.partition((module, x), eqx.is_inexact_array)
+    return vjp(lambda *moving: fn(*eqx.combine(moving, still)), of_module, of_x)
 
 
 def _cotangent(block, **fields):
