@@ -69,6 +69,7 @@ CASES = {
     "heun of diffrax": (dfx.ReversibleHeun(), FIXED, None),
     "heun of diffrax, adaptive, times": (dfx.ReversibleHeun(), ADAPTIVE, TIMES),
     "coupled heun, every third step": (dn.Reversible(dfx.Heun(), 0.99), FIXED, STEPS),
+    "heun of diffrax, every second step": (dfx.ReversibleHeun(), FIXED, dfx.SaveAt(steps=2)),
     "coupled tsit5, adaptive, function": (dn.Reversible(dfx.Tsit5(), 0.99), ADAPTIVE, FUNCTION),
     "asynchronous leapfrog": (dn.AsynchronousLeapfrog(), FIXED, None),
 }

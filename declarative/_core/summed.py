@@ -10,6 +10,7 @@ The order of the two is what a primitive sees and a `custom_vjp` does not: hence
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -54,7 +55,7 @@ class Rule(NamedTuple):
         struct = eqx.filter_eval_shape(self.primal, differentiable, constants)
         shapes, rest = eqx.partition(struct, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
         shapes, out_tree = jtu.tree_flatten(shapes)
-        call = _Call(self, treedef, static, tuple((s.shape, s.dtype) for s in shapes), out_tree)
+        call = _Call(self, treedef, static, shapes, out_tree)
         return eqx.combine(jtu.tree_unflatten(out_tree, _call_p.bind(*leaves, call=call, levels=())), rest)
 
 
@@ -129,30 +130,77 @@ def _differentiated(call: _Call, levels: tuple[Level, ...], asked: tuple[bool, .
     @function.def_fwd
     def _(perturbed, moving, still):
         del perturbed
-        run = _over(call.forward, levels, lambda level: (_axes(level),), lambda level: 0)
-        return run(merged(moving, still))
+        out, *residuals = _forward(call, levels, merged(moving, still))
+        return out, residuals
 
     @function.def_bwd
     def _(residuals, cotangents, perturbed, moving, still):
         del perturbed
-        arrays, rest = eqx.partition(residuals, eqx.is_array)
+        arrays, (tree, rest), varies = residuals
 
         def backward(leaves, arrays, cotangents):
-            with _summing(len(levels)):
-                return call.backward(leaves, eqx.combine(arrays, rest), cotangents, asked)
+            with _summing(tuple(level.name for level in levels)):
+                residuals = eqx.combine(jtu.tree_unflatten(tree, arrays), rest)
+                return call.backward(leaves, residuals, cotangents, asked)
 
-        for level in levels:
-            backward = _with_lanes(backward, level, asked, owned)
+        for level, axes in zip(levels, varies, strict=True):
+            backward = _with_lanes(backward, level, axes, asked, owned)
         return backward(merged(moving, still), arrays, cotangents)
 
     return function
 
 
-def _with_lanes(backward: Callable, level: Level, asked, owned) -> Callable:
+@functools.cache
+def _tracer_of_vmap() -> type:
+    """The class of what `vmap` hands to a function; JAX has no public name for it."""
+    kinds: list[type] = []
+    jax.eval_shape(jax.vmap(lambda x: kinds.append(type(x))), jax.ShapeDtypeStruct((1,), jnp.float32))
+    return kinds[0]
+
+
+def _forward(call: _Call, levels: tuple[Level, ...], leaves):
+    """`(out, arrays of the residuals, their structure, which of them vary among the lanes of each level)`."""
+    structure, varies = [], []
+
+    def run(leaves):
+        out, residuals = call.forward(leaves)
+        arrays, rest = eqx.partition(residuals, eqx.is_array)
+        arrays, tree = jtu.tree_flatten(arrays)
+        structure.append((tree, rest))
+        return out, arrays
+
+    for level in levels:
+        run = _forward_with_lanes(run, level, varies)
+    out, arrays = run(leaves)
+    return out, arrays, structure[-1], varies
+
+
+def _forward_with_lanes(run: Callable, level: Level, varies: list) -> Callable:
+    def over(leaves):
+        common: list = []
+
+        def lane(leaves):
+            out, arrays = run(leaves)
+            # What no lane changed is no tracer of this vmap: it is taken out past it, and the way back knows that the lanes agree.
+            flags = [isinstance(leaf, _tracer_of_vmap()) for leaf in arrays]
+            common.append((flags, [leaf for leaf, flag in zip(arrays, flags, strict=True) if not flag]))
+            return out, [leaf for leaf, flag in zip(arrays, flags, strict=True) if flag]
+
+        out, own = jax.vmap(lane, (_axes(level),), 0, axis_name=level.name, axis_size=level.size)(leaves)
+        flags, same = common[-1]
+        varies.append(flags)
+        own, same = iter(own), iter(same)
+        return out, [next(own) if flag else next(same) for flag in flags]
+
+    return over
+
+
+def _with_lanes(backward: Callable, level: Level, varies, asked, owned) -> Callable:
     """The backward pass under one `vmap` more. Cotangents of parameters that its lanes share come summed; those of the own are summed here."""
     mapped = [m for m, wanted in zip(level.mapped, asked, strict=True) if wanted]
     out_axes = [0 if m or own else None for m, own in zip(mapped, owned, strict=True)]
-    lanes = jax.vmap(backward, (_axes(level), 0, 0), out_axes, axis_name=level.name, axis_size=level.size)
+    of_arrays = [0 if flag else None for flag in varies]
+    lanes = jax.vmap(backward, (_axes(level), of_arrays, 0), out_axes, axis_name=level.name, axis_size=level.size)
 
     def summed(*args):
         found = zip(lanes(*args), mapped, owned, strict=True)
@@ -167,7 +215,7 @@ def _run(*leaves, call: _Call, levels: tuple[Level, ...]):
 
 def _shapes(*avals, call: _Call, levels: tuple[Level, ...]):
     lanes = tuple(level.size for level in reversed(levels))
-    return [jax.core.ShapedArray(lanes + shape, dtype) for shape, dtype in call.shapes]
+    return [jax.core.ShapedArray(lanes + s.shape, s.dtype, weak_type=s.weak_type) for s in call.shapes]
 
 
 def _jvp(primals, tangents, *, call: _Call, levels: tuple[Level, ...]):
@@ -204,11 +252,11 @@ mlir.register_lowering(_call_p, mlir.lower_fun(_run, multiple_results=True))
 
 # Inside of a backward pass
 
-_levels = 0  # how many `vmap`s of the pass being traced sum what their lanes share
+_levels: tuple = ()  # the `vmap`s of the pass being traced that sum what their lanes share, innermost first: the names of their axes
 
 
 @contextlib.contextmanager
-def _summing(levels: int):
+def _summing(levels: tuple):
     global _levels
     before, _levels = _levels, levels
     try:
@@ -217,9 +265,10 @@ def _summing(levels: int):
         _levels = before
 
 
-def summing() -> bool:
-    """Whether the lanes of the backward pass being traced walk together."""
-    return _levels > 0
+def summing(*decisive: PyTree) -> bool:
+    """Whether lanes of the backward pass being traced walk together and (given arrays) differ in any of these."""
+    arrays = jtu.tree_leaves(decisive)
+    return bool(_levels) and (not decisive or any(isinstance(leaf, _tracer_of_vmap()) for leaf in arrays))
 
 
 def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | None = None):
@@ -233,33 +282,40 @@ def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | N
             return value, back
         return value, lambda cotangent: jtu.tree_map(lambda leaf: jnp.where(where, leaf, 0), back(cotangent))
     closed = close(fn, parameters, *x)
-    pull = _pull(lambda captured, parameters, x: Closed(captured, closed.trace)(parameters, *x), _levels)
     where = jnp.asarray(True) if where is None else where
+    lane = lambda captured, parameters, x: Closed(captured, closed.trace)(parameters, *x)
+    value, pull = _together(lane, _levels, _value), _together(lane, _levels, _pull)
 
     def back(cotangent):
-        of_parameters, of_x = pull(closed.captured, parameters, x, cotangent, where)
+        of_parameters, of_x = pull(closed.captured, parameters, x, where, cotangent)
         return of_parameters, *of_x
 
-    return closed(parameters, *x), back
+    # The pullback computes the value again, by the same operations in the same loop: the compiler makes one of the two.
+    return value(closed.captured, parameters, x, where), back
 
 
-def _pull(fn: Callable, levels: int) -> Callable:
-    """The pullback of `fn(captured, parameters, x)`, summed over the lanes of the innermost `levels` vmaps."""
+def _value(fn, captured, parameters, x, where):
+    del where
+    return fn(captured, parameters, x)
 
-    def plain(captured, parameters, x, cotangent, where):
-        # The value is computed again, beside the same operations where it was needed first: the compiler makes one of the two.
-        _, back = jax.vjp(lambda parameters, x: fn(captured, parameters, x), parameters, x)
-        return jtu.tree_map(lambda leaf: jnp.where(where, leaf, 0), back(cotangent))
 
-    if levels == 0:
+def _pull(fn, captured, parameters, x, where, cotangent):
+    _, back = jax.vjp(lambda parameters, x: fn(captured, parameters, x), parameters, x)
+    return jtu.tree_map(lambda leaf: jnp.where(where, leaf, 0), back(cotangent))
+
+
+def _together(fn: Callable, levels: tuple, use: Callable) -> Callable:
+    """`use(fn, captured, parameters, x, where[, cotangent])`, of which the lanes of so many vmaps make one call."""
+    plain = lambda *args: use(fn, *args)
+    if not levels:
         return plain
     together = custom_vmap(plain)
 
     @together.def_vmap
-    def _(size, mapped, captured, parameters, x, cotangent, where):
-        of_captured, of_parameters, of_x, of_cotangent, of_where = mapped
+    def _(size, mapped, captured, parameters, x, where, *cotangent):
+        of_captured, of_parameters, of_x, of_where, *of_cotangent = mapped
         spread = lambda leaf, flag: leaf if flag else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
-        x, cotangent = (jtu.tree_map(spread, *pair) for pair in ((x, of_x), (cotangent, of_cotangent)))
+        x, cotangent = jtu.tree_map(spread, x, of_x), jtu.tree_map(spread, cotangent, tuple(of_cotangent))
         if of_where:
             # A lane that takes no part stands where one that does stands, and asks for nothing.
             one = jnp.argmax(where)
@@ -275,9 +331,32 @@ def _pull(fn: Callable, levels: int) -> Callable:
         lane_axes = axes(of_captured), axes(of_parameters), 0
 
         def batched(captured, parameters, x):
-            return jax.vmap(fn, lane_axes, axis_size=size)(captured, parameters, x)
+            return jax.vmap(fn, lane_axes, axis_size=size, axis_name=levels[0])(captured, parameters, x)
 
-        out = _pull(batched, levels - 1)(captured, parameters, x, cotangent, where)
-        return out, (of_parameters, jtu.tree_map(lambda _: True, x))
+        out = _together(batched, levels[1:], use)(captured, parameters, x, where, *cotangent)
+        everywhere = lambda tree: jtu.tree_map(lambda _: True, tree)
+        return out, (of_parameters, everywhere(x)) if cotangent else everywhere(out)
+
+    return together
+
+
+def nan_where(bad: Bool[Array, ""], tree: PyTree) -> PyTree:
+    """NaN in place of cotangents of a lane that is bad; of sums over lanes, if one of them is."""
+    fill = lambda leaf, bad: jnp.where(bad, jnp.nan, leaf)
+    return jtu.tree_map(lambda leaf: _nan_where(fill, _levels)(leaf, bad), tree)
+
+
+def _nan_where(fill: Callable, levels: tuple) -> Callable:
+    if not levels:
+        return fill
+    together = custom_vmap(fill)
+
+    @together.def_vmap
+    def _(size, mapped, leaf, bad):
+        of_leaf, of_bad = mapped
+        if not of_leaf:
+            return _nan_where(fill, levels[1:])(leaf, jnp.any(bad, axis=0)), False
+        lanes = jax.vmap(fill, (0, 0 if of_bad else None), axis_size=size)
+        return _nan_where(lanes, levels[1:])(leaf, bad), True
 
     return together

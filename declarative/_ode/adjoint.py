@@ -26,11 +26,12 @@ from diffrax._integrate import SaveState
 from jaxtyping import Array, PyTree
 
 from .._core.closure import close
+from .._core.summed import Rule, nan_where, summing, vjp
 from .._linear.norms import maximum
 from .anchors import Anchored, Drift, compare
 from .foreign import reversible
 from .reversible import ANCHORS, AbstractReversibleSolver, Interval, Pair, Reversible
-from .saved import SAVE_Y, Field, Saved
+from .saved import SAVE_Y, Field, Saved, walk
 from .trees import add, precision
 
 
@@ -93,10 +94,15 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
             z = jtu.tree_map(jnp.subtract, y, state.d) if passed_solver_state else state.z
             state = Pair(z, state.d, stretch)
 
-        differentiable = (y, state, args, terms, fns)
-        final, trail = _walked(
-            differentiable, adjoint=self, solver=solver, order=order, init_state=init_state, saveat=saveat, rest=rest
-        )
+        constants = {
+            "adjoint": self,
+            "solver": solver,
+            "order": order,
+            "init_state": init_state,
+            "saveat": saveat,
+            "rest": rest,
+        }
+        final, trail = _walked(((y, state), (args, terms, fns)), constants)
         stats = {}
         if self.report:
             held = _stopped((y, state, args, terms, (final.y, final.solver_state), trail))
@@ -173,7 +179,7 @@ class _Trail(eqx.Module):
 
 def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, rest, anchors, kind: Any = "lax"):
     """diffrax's own loop, with anchors in the solver's state, and the times of adaptive steps saved beside what the user saves."""
-    y, state, args, terms, fns = differentiable
+    (y, state), (args, terms, fns) = differentiable
     controller, t0, max_steps = rest["stepsize_controller"], rest["t0"], rest["max_steps"]
     saveat = eqx.tree_at(
         lambda s: [sub.fn for sub in _subs(s)], saveat, [SAVE_Y if fn is None else fn for fn in fns], is_leaf=_is_none
@@ -214,25 +220,22 @@ def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, res
     return final, _Trail(end.taken, grid, end.kept, end.at)
 
 
-@eqx.filter_custom_vjp
-def _walked(differentiable, *, adjoint, **kwargs):
+def _primal(differentiable, constants):
     # Without a gradient (or a report) nothing walks back, and no anchor is needed.
-    final, trail = _forwards(
-        differentiable, adjoint=adjoint, anchors=adjoint.anchors if adjoint.report else 0, **kwargs
-    )
+    adjoint = constants["adjoint"]
+    final, trail = _forwards(differentiable, **constants, anchors=adjoint.anchors if adjoint.report else 0)
     return final, trail if adjoint.report else None
 
 
-@_walked.def_fwd
-def _(perturbed, differentiable, *, adjoint, **kwargs):
-    del perturbed
-    final, trail = _forwards(differentiable, adjoint=adjoint, anchors=adjoint.anchors, **kwargs)
+def _kept(differentiable, constants):
+    adjoint = constants["adjoint"]
+    final, trail = _forwards(differentiable, **constants, anchors=adjoint.anchors)
     places = [(save.save_index, save.saveat_ts_index) for save in _states(final)]
     return (final, trail if adjoint.report else None), (final.y, final.solver_state, places, trail)
 
 
-@_walked.def_bwd
-def _(residuals, cotangents, perturbed, differentiable, *, adjoint, solver, order, init_state, saveat, rest):
+def _gradient(residuals, cotangents, perturbed, differentiable, constants):
+    adjoint, solver, saveat = constants["adjoint"], constants["solver"], constants["saveat"]
     perturbed = jtu.tree_map(lambda leaf, wanted: wanted and eqx.is_inexact_array(leaf), differentiable, perturbed)
     y, state, places, trail = _once(residuals)
     differentiable = _once(differentiable)
@@ -242,48 +245,43 @@ def _(residuals, cotangents, perturbed, differentiable, *, adjoint, solver, orde
         if jtu.tree_leaves(of):
             saved.append(Saved(sub.t0, sub.t1, sub.steps, sub.ts, index, of))
             left.append(place)
-    of_initial, of_parameters, drift = _backwards(solver, perturbed, differentiable, (y, state), trail, saved, left)
-    result = _assemble(differentiable, perturbed, of_initial, of_parameters)
+    *result, drift = _backwards(solver, perturbed, differentiable, (y, state), trail, saved, left)
+    # Cotangents of what is differentiated, None elsewhere.
+    result = jtu.tree_map(lambda wanted, c: c if wanted else None, perturbed, tuple(result), is_leaf=_is_none)
 
     drift = maximum(drift)
     drifted = ~(drift <= _tolerance(adjoint, y))
     if adjoint.on_drift == "raise":
         return eqx.error_if(result, drifted, _DRIFT)
     if adjoint.on_drift == "nan":
-        return jtu.tree_map(lambda leaf: jnp.where(drifted, jnp.nan, leaf), result)
+        return nan_where(drifted, result)
     if adjoint.on_drift == "warn":
         jax.debug.callback(_warn, eqxi.unvmap_any(drifted), eqxi.unvmap_max(drift))
         return result
 
     def again():
-        forwards = ft.partial(
-            _forwards,
-            adjoint=adjoint,
-            solver=solver,
-            order=order,
-            init_state=init_state,
-            saveat=saveat,
-            rest=rest,
-            anchors=0,
-            kind="checkpointed",
-        )
-        parts, others = eqx.partition(differentiable, perturbed)
+        (own, parameters), others = eqx.partition(differentiable, perturbed)
 
-        def values(parts):
-            final, _ = forwards(eqx.combine(parts, others))
+        def values(parameters, own):
+            everything = eqx.combine((own, parameters), others)
+            final, _ = _forwards(everything, **constants, anchors=0, kind="checkpointed")
             return eqx.filter([save.ys for save in _states(final)], eqx.is_inexact_array)
 
-        ys, back = jax.vjp(values, parts)
-        return back(_full(of_ys, ys))[0]
+        ys, back = vjp(values, parameters, own)
+        of_parameters, of_own = back(_full(of_ys, ys))
+        return of_own, of_parameters
 
     better = jax.lax.cond(eqxi.unvmap_any(drifted), again, lambda: result)
-    return jtu.tree_map(lambda new, old: jnp.where(drifted, new, old), better, result)
+    chosen = jtu.tree_map(lambda new, old: jnp.where(drifted, new, old), better, result)
+    # A sum over lanes cannot be chosen lane by lane.
+    return (chosen[0], better[1]) if summing() else chosen
 
 
 def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end, trail: _Trail, saved, left):
     """`((of_y0, of_state0), of_parameters, drift)`."""
-    y0, state0, *parameters = differentiable
-    field = Field(*eqx.partition(tuple(parameters), tuple(perturbed[2:])))
+    (y0, state0), parameters = differentiable
+    apart = summing(trail.steps, trail.grid, [save.ts for save in saved], left)
+    field = Field(*eqx.partition(parameters, perturbed[1]), apart)
     grid, steps = trail.grid, trail.steps
     between = any(save.ts is not None or save.steps for save in saved)
     y, state = end
@@ -298,8 +296,8 @@ def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end,
     of_state, more = solver.begin(field, interval, y, state, of_y, of_state, between)
     of_parameters = _plus(of_parameters, more)
 
-    def back(carry):
-        steps, interval, y, state, of_y, of_state, of_parameters, left, left_ts, drift = carry
+    def back(field, carry, of_parameters):
+        steps, interval, y, state, of_y, of_state, left, left_ts, drift = carry
         left, left_ts = list(left), list(left_ts)
         for i, save in enumerate(saved):
             left[i], *more = save.at_step(field, left[i], interval.end, steps, y)
@@ -317,21 +315,11 @@ def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end,
         steps = steps - 1
         y, state, drift = _at_anchor(solver, trail, steps, y, state, drift)
         interval = Interval(grid.time(steps - 2), interval.before, interval.start)
-        return steps, interval, y, state, of_y, of_state, of_parameters, left, left_ts, drift
+        return (steps, interval, y, state, of_y, of_state, left, left_ts, drift), of_parameters
 
-    carry = (
-        steps,
-        interval,
-        y,
-        state,
-        of_y,
-        of_state,
-        of_parameters,
-        left,
-        left_ts,
-        _no_drift(solver, trail, y, state),
-    )
-    _, _, y, state, of_y, of_state, of_parameters, left, _, drift = jax.lax.while_loop(lambda c: c[0] > 0, back, carry)
+    carry = (steps, interval, y, state, of_y, of_state, left, left_ts, _no_drift(solver, trail, y, state))
+    carry, of_parameters = walk(lambda carry: carry[0] > 0, back, field, carry, of_parameters)
+    _, _, y, state, of_y, of_state, left, _, drift = carry
     for i, save in enumerate(saved):
         more = save.at_start(field, left[i], grid.t0, y0)
         of_y, of_parameters = _plus_both((of_y, of_parameters), more)
@@ -359,12 +347,6 @@ def _no_drift(solver, trail, y, state) -> Drift:
 
 def _at_anchor(solver, trail, steps, y, state, drift):
     return compare(solver, trail.kept, trail.at, steps, y, state, drift) if len(trail.at) else (y, state, drift)
-
-
-def _assemble(differentiable, perturbed, of_initial, of_parameters):
-    """Cotangents of what is differentiated, None elsewhere."""
-    of = (*of_initial, *of_parameters)
-    return jtu.tree_map(lambda wanted, c: c if wanted else None, perturbed, of, is_leaf=_is_none)
 
 
 def _tolerance(adjoint, y):
@@ -446,6 +428,9 @@ def _plus(tree, more):
 
 def _plus_both(pair, more):
     return _plus(pair[0], more[0]), _plus(pair[1], more[1])
+
+
+_walked = Rule(_primal, _kept, _gradient)
 
 
 def _full(cotangents, values):

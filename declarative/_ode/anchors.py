@@ -7,6 +7,7 @@ from typing import Any
 
 import diffrax as dfx
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -96,10 +97,14 @@ class Drift(eqx.Module):
 def compare(solver, kept, at, steps, y, state, drift: Drift):
     """At an anchor: go on from what was kept, and note how far off it was."""
     here = at == steps
+    arrived = jnp.any(here)
 
     def restart(y, state, drift):
         index = jnp.argmax(here)
         old_y, old_state = jtu.tree_map(lambda room: room[index], kept)
-        return old_y, old_state, drift.noted(index + 1, solver.compared(y, state), solver.compared(old_y, old_state))
+        noted = drift.noted(index + 1, solver.compared(y, state), solver.compared(old_y, old_state))
+        choose = lambda new, old: jnp.where(arrived, new, old)
+        return jtu.tree_map(choose, (old_y, old_state, noted), (y, state, drift))
 
-    return jax.lax.cond(jnp.any(here), restart, lambda *same: same, y, state, drift)
+    # Under `vmap` nothing is compared unless a lane is there.
+    return jax.lax.cond(eqxi.unvmap_any(arrived), restart, lambda *same: same, y, state, drift)
