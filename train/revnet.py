@@ -8,6 +8,12 @@ A run of a reversible model ends (unless `--no-plots`) with what the gradient co
 compiled gradient with reconstructed and with stored activations, their ratio of times, and the difference of the two gradients, at
 initialisation and (at the run's depth) after training.
 
+Hardware and time: 2 CPU cores, 7 s for the run, 19 s more for the measurements.
+Expect 98.3 / 98.1 / 97.2 % of the test images right (seeds 0, 1, 2), `resnet` 98.3 / 97.5 / 98.1 %, `momentum` 97.8 / 97.5 / 97.8 %; at 64 blocks
+96.9 % with either of the first two. Memory for a batch of 128: 0.19 MiB at every depth, with stored activations 1.4 (4 blocks) to 41 MiB (128
+blocks), and the parameters' gradient on top of either. Time 0.7 to 1.15 times that with stored activations. The two gradients differ by 9e-8
+(4 blocks) to 3e-7 (128 blocks) at small-residual initialisation, by 1e-7 to 1e-6 with `--residual 1`, and by 2e-7 after training.
+
 The data are scikit-learn's 1797 digits of 8 x 8 pixels, split 80/20 with a fixed seed. The weights are those of the last step; nothing
 is selected on the test images.
 """

@@ -19,6 +19,7 @@ import abc
 from functools import partial
 from typing import Any, ClassVar
 
+import diffrax as dfx
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -187,10 +188,12 @@ class PlainLoop(optx.AbstractAdjoint):
         return primal_fn((*inputs, self.loop))
 
 
-def modes(adjoint: optx.AbstractAdjoint | None) -> frozenset[str]:
-    """The differentiation modes of an adjoint, optimistix's own included (None: a closed form, all of them)."""
+def modes(adjoint: optx.AbstractAdjoint | dfx.AbstractAdjoint | None) -> frozenset[str]:
+    """The differentiation modes of an adjoint, those of optimistix and diffrax included (None: a closed form, all of them)."""
     if isinstance(adjoint, AbstractAdjoint):
         return adjoint.modes
+    if isinstance(adjoint, dfx.AbstractAdjoint) and not isinstance(adjoint, dfx.DirectAdjoint | dfx.ImplicitAdjoint):
+        return frozenset({"forward"} if isinstance(adjoint, dfx.ForwardMode) else {"reverse"})
     if isinstance(adjoint, optx.RecursiveCheckpointAdjoint):
         return frozenset({"reverse"})
     return ALL_MODES

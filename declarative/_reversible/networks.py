@@ -154,8 +154,7 @@ class ReversibleSequence(eqx.Module):
     `state`, the `eqx.nn.State` of the model around it (`eqx.nn.make_with_state`), the result is `(y, new_state)`: the forward pass alone
     updates it. Every module inside then takes and returns a state (`f(x, state)`), the modules of one block do not share a stateful
     layer, and gradients do not flow through the state. Batch normalisation needs modules that take the batch and bind its axis
-    themselves (`jax.vmap(..., axis_name=...)` inside of f): JAX does not know the axis of a `vmap` around a call in the backward pass of
-    that call, and raises.
+    themselves (`jax.vmap(..., axis_name=...)` inside of f): a `vmap` around a call returns a new state for each of its lanes.
     """
 
     blocks: AbstractReversibleBlock

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from ..._core.adjoint import ALL_MODES, UnrolledAdjoint
+from ..._core.adjoint import UnrolledAdjoint, modes
 from ..._core.closure import close
 from ..._core.implicit import Run, detach, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
@@ -173,10 +173,7 @@ class NeuralODE(AbstractDeclarativeNode):
 
     @property
     def modes(self) -> frozenset[str]:
-        adjoint = self._adjoint()
-        if isinstance(adjoint, dfx.DirectAdjoint):
-            return ALL_MODES
-        return frozenset({"forward"} if isinstance(adjoint, dfx.ForwardMode) else {"reverse"})
+        return modes(self._adjoint())
 
     def pack(self, x):
         return x if isinstance(x, InitialValue) else InitialValue(x)
