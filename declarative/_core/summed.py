@@ -10,6 +10,7 @@ The order of the two is what a primitive sees and a `custom_vjp` does not: hence
 """
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -252,23 +253,23 @@ mlir.register_lowering(_call_p, mlir.lower_fun(_run, multiple_results=True))
 
 # Inside of a backward pass
 
-_levels: tuple = ()  # the `vmap`s of the pass being traced that sum what their lanes share, innermost first: the names of their axes
+# The `vmap`s of the pass being traced that sum what their lanes share, innermost first: the names of their axes.
+_levels: contextvars.ContextVar[tuple] = contextvars.ContextVar("levels", default=())
 
 
 @contextlib.contextmanager
 def _summing(levels: tuple):
-    global _levels
-    before, _levels = _levels, levels
+    token = _levels.set(levels)
     try:
         yield
     finally:
-        _levels = before
+        _levels.reset(token)
 
 
 def summing(*decisive: PyTree) -> bool:
     """Whether lanes of the backward pass being traced walk together and (given arrays) differ in any of these."""
     arrays = jtu.tree_leaves(decisive)
-    return bool(_levels) and (not decisive or any(isinstance(leaf, _tracer_of_vmap()) for leaf in arrays))
+    return bool(_levels.get()) and (not decisive or any(isinstance(leaf, _tracer_of_vmap()) for leaf in arrays))
 
 
 def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | None = None):
@@ -276,7 +277,8 @@ def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | N
 
     `where`: False for a lane that takes no part: its cotangents are zero, even if `fn` has no finite derivative at its x.
     """
-    if not _levels or not jtu.tree_leaves(parameters):
+    levels = _levels.get()
+    if not levels or not jtu.tree_leaves(parameters):
         value, back = jax.vjp(fn, parameters, *x)
         if where is None:
             return value, back
@@ -284,7 +286,7 @@ def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | N
     closed = close(fn, parameters, *x)
     where = jnp.asarray(True) if where is None else where
     lane = lambda captured, parameters, x: Closed(captured, closed.trace)(parameters, *x)
-    value, pull = _together(lane, _levels, _value), _together(lane, _levels, _pull)
+    value, pull = _together(lane, levels, _value), _together(lane, levels, _pull)
 
     def back(cotangent):
         of_parameters, of_x = pull(closed.captured, parameters, x, where, cotangent)
@@ -342,8 +344,8 @@ def _together(fn: Callable, levels: tuple, use: Callable) -> Callable:
 
 def nan_where(bad: Bool[Array, ""], tree: PyTree) -> PyTree:
     """NaN in place of cotangents of a lane that is bad; of sums over lanes, if one of them is."""
-    fill = lambda leaf, bad: jnp.where(bad, jnp.nan, leaf)
-    return jtu.tree_map(lambda leaf: _nan_where(fill, _levels)(leaf, bad), tree)
+    levels, fill = _levels.get(), lambda leaf, bad: jnp.where(bad, jnp.nan, leaf)
+    return jtu.tree_map(lambda leaf: _nan_where(fill, levels)(leaf, bad), tree)
 
 
 def _nan_where(fill: Callable, levels: tuple) -> Callable:
