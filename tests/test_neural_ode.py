@@ -4,6 +4,7 @@ import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -40,6 +41,16 @@ def test_adaptive_steps(solver):
     moved = eqx.tree_at(lambda y: y.ys, solution.unknown, solution.unknown.ys.at[2].add(1e-3))
     residual = ode().optimality(moved, dn.InitialValue(Y0, WEIGHT, TIMES)).ys
     assert np.flatnonzero(np.any(np.abs(np.asarray(residual)) > 1e-8, axis=1))[0] == 2
+
+
+def test_few_unequal_steps_are_no_drift():
+    """An adaptive solve that begins with small steps and goes on with a few large ones, longer than the time between two anchors."""
+    fields = 0.6 * jr.normal(jr.key(3), (100, 6, 6), jnp.float32)
+    for rtol in (1e-2, 1e-3, 1e-4):
+        controller = dfx.PIDController(rtol=rtol, atol=rtol)
+        ode = dn.NeuralODE(lambda t, y, a: jnp.tanh(a @ y), None, controller, throw=False)
+        gradients = jax.jit(jax.vmap(jax.grad(lambda a, ode=ode: jnp.sum(ode(jnp.ones(6, jnp.float32), a)))))(fields)
+        assert np.isfinite(gradients).all()
 
 
 def test_without_an_inverse_it_checkpoints_and_an_implicit_solver_works():
@@ -90,9 +101,9 @@ def test_failures_have_a_status_and_nan_where_asked_for():
     assert np.all(np.isnan(value[1:]))
     assert np.all(np.isnan(slope[1:]))
     off = dn.NeuralODE(lambda t, y, _: y**2, steps=50, t1=10.0, throw=False).solve(jnp.ones(1))
-    assert off.result == dn.RESULTS.nonfinite
+    assert off.result == dn.RESULTS.ode_nonfinite
     for ts in (TIMES[::-1], 2 * TIMES, TIMES.at[1].set(jnp.nan)):
-        assert quiet.solve(dn.InitialValue(jnp.ones(1), None, ts)).result == dn.RESULTS.nonfinite_data
+        assert quiet.solve(dn.InitialValue(jnp.ones(1), None, ts)).result == dn.RESULTS.bad_times
     with pytest.raises(dn.SolveError, match="not solved up to its end"):
         dn.NeuralODE(lambda t, y, _: y**2, None, ADAPTIVE, t1=2.0, max_steps=100)(jnp.ones(1))
 
@@ -112,6 +123,8 @@ def test_a_gradient_that_drifted_is_nan_or_an_error_as_the_policy_says():
 def test_dtype_and_numbers():
     ode = dn.NeuralODE(lambda t, y, _: -y * t, steps=100, t1=2.0)
     np.testing.assert_allclose(ode(1.0), np.exp(-2), rtol=1e-3)
+    assert ode(jnp.ones(2, jnp.float32), ts=np.array([0.5, 1.0])).dtype == jnp.float32
+    tree_close(ode(jnp.ones(2), None, [2.0])[0], ode(jnp.ones(2)), 1e-12)
     for steps in (1, 3, 7, 4999):  # equal steps of float32 that are no more and no fewer
         solution = dn.NeuralODE(lambda t, y, _: -y, dfx.Euler(), steps=steps, t0=0.3, t1=1.1).solve(
             jnp.ones(1, jnp.float32)
@@ -132,11 +145,15 @@ def test_dtype_and_numbers():
         (lambda: dn.NeuralODE((flow, flow, flow), steps=3), "pair"),
         (lambda: dn.NeuralODE(flow, steps=3, adjoint=dfx.ImplicitAdjoint()), "steady state"),
         (lambda: dn.NeuralODE(flow, dfx.Heun(), steps=3, adjoint=dn.ReversibleAdjoint())(Y0, WEIGHT), "Reversible\\("),
-        (lambda: dn.NeuralODE(lambda t, y, _: y[:2], steps=3)(Y0), "shaped like what it moves"),
+        (lambda: dn.NeuralODE(lambda t, y, _: y[:2], steps=3)(Y0), "shape and dtype"),
         (lambda: dn.NeuralODE(flow, steps=3)(jnp.arange(4), WEIGHT), "floating-point"),
         (lambda: dn.NeuralODE(flow, steps=3)(Y0, WEIGHT, ts=jnp.ones((2, 2))), "vector of times"),
         (lambda: dn.NeuralODE(flow, steps=3).solve(Y0, y0=Y0), "takes no guess"),
         (lambda: dn.NeuralODE((flow, flow), dn.Leapfrog(), steps=3)(Y0), "y0 = \\(p, q\\)"),
+        (lambda: dn.NeuralODE((flow, flow), steps=3), "separable"),
+        (lambda: dn.NeuralODE(flow, dn.Leapfrog(), steps=3), "separable"),
+        (lambda: dn.NeuralODE(jnp.tanh, steps=3)(Y0), "calls its field as field"),
+        (lambda: dn.NeuralODE(lambda t, y, _: 1.0, steps=3)(Y0), "shape and dtype"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(call, message):

@@ -25,6 +25,11 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "`max_steps` or loosen the controller's tolerances; if the equation is stiff, use an implicit solver; if its solution runs "
         "off to infinity, shorten the time."
     )
+    ode_nonfinite = (
+        "The solution of the differential equation ran off to infinity or NaN. Take more steps, an adaptive step size controller, or an implicit "
+        "solver; or shorten the time, if the equation has no solution for so long; and look whether the field can return NaN."
+    )
+    bad_times = "`ts` must be in order, lie between t0 and t1, and hold no NaN."
     singular_jacobian = (
         "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
         "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "

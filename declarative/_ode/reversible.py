@@ -46,6 +46,8 @@ from .trees import add, precision, subtract, times
 ANCHORS = 8  # that `ReversibleAdjoint` keeps unless told otherwise
 # ln of the growth of rounding that "auto" allows between two states that are kept, by the bits of the dtype.
 BUDGET = {32: 6.0, 64: 13.0}
+# and the most that it asks of one step: nearly all of 1 - lambda, beyond which there is no stability to be had.
+LARGEST = 2.0
 RUNGE_KUTTA = (dfx.AbstractERK, dfx.Euler)
 
 
@@ -149,10 +151,10 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
     **Arguments:**
 
     - `solver`: a `diffrax.AbstractERK` (Heun, Midpoint, Bosh3, Tsit5, Dopri5, Dopri8, ...; ours: `RungeKutta4`) or `diffrax.Euler`.
-    - `coupling`: $\lambda \in (0, 1]$ of every step, or `"auto"`: $\lambda = e^{-B h/(\tau + h)}$, with $\tau$ the time between two states
-      that `ReversibleAdjoint` keeps. Equal steps then let rounding grow by at most $e^B$ from one to the next, B = 6 in float32 and 13 in
-      float64, however many or few they are; that is as stable as reversal allows. Only `ReversibleAdjoint` knows the horizon, so any
-      other adjoint needs a number: `coupling_for(steps)` is the same one, for equal steps.
+    - `coupling`: $\lambda \in (0, 1]$ of every step, or `"auto"`: $\ln(1/\lambda) = \min(B h/(\tau + h), 2)$, with $\tau$ the time between two
+      states that `ReversibleAdjoint` keeps. Rounding then grows by at most $e^{B + 2}$ from one to the next, B = 6 in float32 and 13 in
+      float64, however many or few the steps are, and however unequal; that is as stable as reversal allows. Only `ReversibleAdjoint`
+      knows the horizon, so any other adjoint needs a number: `coupling_for(steps)` is the same one, for equal steps.
 
     Adaptive steps use the embedded error of `solver`, saved values its interpolation. SDEs need a solver that converges to the
     Stratonovich solution.
@@ -327,12 +329,12 @@ def coupling_for(steps: int, dtype=None, *, anchors: int = ANCHORS) -> float:
     like = jnp.zeros((), dtype)
     if like.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"dtype must be float32 or float64, got {like.dtype}.")
-    return float(np.exp(-_exponent(1 / (anchors + 1), 1 / steps, like)))
+    return float(np.exp(-_exponent(1 / (anchors + 1), 1 / steps, like, min)))
 
 
-def _exponent(stretch, step, like):
-    """$-\\ln \\lambda$. Steps of a stretch, of which the last may reach past its end, sum up to the budget at most if they are equal."""
-    return BUDGET[jnp.finfo(precision(like)).bits] * step / (stretch + step)
+def _exponent(stretch, step, like, minimum: Callable = jnp.minimum):
+    """$-\\ln \\lambda$. Those of the steps of a stretch sum up to the budget at most, and that of one more, which reaches past its end."""
+    return minimum(BUDGET[jnp.finfo(precision(like)).bits] * step / (stretch + step), LARGEST)
 
 
 @dataclasses.dataclass(frozen=True)

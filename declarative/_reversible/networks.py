@@ -277,7 +277,7 @@ def _pair(x) -> tuple[PyTree, PyTree]:
     if not (isinstance(x, tuple) and len(x) == 2):
         raise ValueError(
             "a reversible block maps a pair (x1, x2) to a pair; split the features with jnp.split(x, 2, axis=-1), for instance. "
-            f"Got {type(x).__name__}."
+            f"Got a {type(x).__name__}{f' of {len(x)}' if isinstance(x, tuple | list) else ''}."
         )
     return x[0], x[1]
 

@@ -11,14 +11,16 @@ r"""Neural ODE: the state at the end of a differential equation, as a layer.
                  the steps are data: where a controller chose them from y, that choice is not differentiated.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import diffrax as dfx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..._core.adjoint import UnrolledAdjoint, modes
@@ -28,21 +30,21 @@ from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._ode.adjoint import ReversibleAdjoint
 from ..._ode.foreign import has_inverse
-from ..._ode.reversible import ANCHORS, Reversible, coupling_for
+from ..._ode.reversible import ANCHORS, Leapfrog, Reversible, coupling_for
 from ..._ode.trees import precision
 
 
 class InitialValue(eqx.Module):
     """The data of a `NeuralODE`.
 
-    - `y0`: the state at t0, a pytree of float32 or float64 arrays.
+    - `y0`: the state at t0, a pytree of float32 or float64 arrays (half precision is computed in float32).
     - `args`: what else the field sees, any pytree; its arrays have gradients.
     - `ts`: times to save at, shape `(times,)`, in order, between t0 and t1. None: at t1 alone.
     """
 
     y0: PyTree
     args: PyTree = None
-    ts: Array | None = None
+    ts: Any = None
 
 
 class Trajectory(eqx.Module):
@@ -78,7 +80,7 @@ class NeuralODE(AbstractDeclarativeNode):
       For a separable system $\dot p = f(t, q)$, $\dot q = g(t, p)$ under `Leapfrog()` or `diffrax.SemiImplicitEuler()`: the pair `(f, g)`,
       with y = (p, q).
     - `solver`: any diffrax solver of ODEs. None: `Reversible(diffrax.Heun())` for equal steps, `Reversible(diffrax.Tsit5())` for adaptive ones.
-    - `steps`: so many equal steps; or
+    - `steps`: so many equal steps, whatever `max_steps` is; or
     - `stepsize_controller`: a diffrax controller, `diffrax.PIDController(rtol=1e-4, atol=1e-4)` for instance, which takes at most
       `max_steps`, with `dt0` as its first step (None: it finds one).
     - `t0`, `t1`: numbers, in either order.
@@ -94,12 +96,15 @@ class NeuralODE(AbstractDeclarativeNode):
     | `ForwardMode`                | of the steps                   | forward                        | 1                      |
     | `BacksolveAdjoint`           | of (P), approximately          | reverse                        | 1                      |
 
+    `UnrolledAdjoint` is taken for `DirectAdjoint`.
+
     **Call:** `ode(y0, args=None, ts=None)`. **Returns:** y(t1), shaped like y0; with `ts`, leaves `(times, ...)`. `ode.solve(y0)` or
     `ode.solve(InitialValue(y0, args, ts))` keeps the state after every step as well, as a `Trajectory`.
-    **Failure:** `ode_unfinished` where the steps ran out, `nonfinite` where the solution ran off, `nonfinite_data` for NaN and for bad `ts`.
-    A gradient that drifted (see `ReversibleAdjoint`) raises with `throw=True`, and is NaN with `throw=False`.
-    **Raises:** `ValueError` for a field of another shape than y, neither or both of `steps` and `stepsize_controller`, a mode of
-    differentiation that the adjoint has not.
+    **Failure:** `ode_unfinished` where the steps ran out, `ode_nonfinite` where the solution ran off, `nonfinite_data`, `bad_times`.
+    A gradient that drifted (see `ReversibleAdjoint`) raises with `throw=True`, out of compiled code and hence as JAX's own runtime error,
+    and is NaN with `throw=False`.
+    **Raises:** `ValueError` for a field that does not return the shape and dtype of y, neither or both of `steps` and
+    `stepsize_controller`. A mode that the adjoint has not raises JAX's or diffrax's error.
     **Reference:** Chen et al. 2018, arXiv:1806.07366; McCallum & Foster 2024, arXiv:2410.11648.
     """
 
@@ -137,6 +142,8 @@ class NeuralODE(AbstractDeclarativeNode):
             raise ValueError(
                 "NeuralODE takes either steps=20, so many equal steps, or stepsize_controller=diffrax.PIDController(...): give one."
             )
+        if isinstance(steps, np.integer):
+            steps = int(steps)
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"steps must be a positive integer, got {steps!r}.")
         if steps is not None and dt0 is not None:
@@ -152,6 +159,12 @@ class NeuralODE(AbstractDeclarativeNode):
             raise ValueError("field must be a function of (t, y, args), or the pair (f, g) of a separable system.")
         if not isinstance(field, list | tuple) and not callable(field):
             raise ValueError(f"field must be a function of (t, y, args), got {type(field).__name__}.")
+        pair = isinstance(field, list | tuple)
+        if pair != isinstance(solver, Leapfrog | dfx.SemiImplicitEuler):
+            raise ValueError(
+                "field=(f, g) is for the solvers of separable systems, declarative.Leapfrog() and diffrax.SemiImplicitEuler(), and they are "
+                f"for nothing else; got {'a pair' if pair else 'one field'} and {type(solver).__name__ if solver else 'no solver'}."
+            )
         self.field = tuple(field) if isinstance(field, list) else field
         self.solver = Reversible(dfx.Heun() if steps else dfx.Tsit5()) if solver is None else solver
         self.stepsize_controller = stepsize_controller
@@ -168,15 +181,16 @@ class NeuralODE(AbstractDeclarativeNode):
         if not isinstance(self.solver, dfx.AbstractSolver):
             raise ValueError(f"solver must be a diffrax solver, got {self.solver!r}.")
 
-    def __call__(self, y0: PyTree, args: PyTree = None, *, ts: Array | None = None) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, InitialValue(y0, args, ts))
+    def __call__(self, y0: PyTree, args: PyTree = None, ts: Any = None) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return evaluate(self, self.pack(InitialValue(y0, args, ts)))
 
     @property
     def modes(self) -> frozenset[str]:
         return modes(self._adjoint())
 
     def pack(self, x):
-        return x if isinstance(x, InitialValue) else InitialValue(x)
+        x = x if isinstance(x, InitialValue) else InitialValue(x)
+        return x if x.ts is None else InitialValue(x.y0, x.args, jnp.asarray(x.ts))
 
     def check(self, x: InitialValue):
         leaves = jtu.tree_leaves(x.y0)
@@ -214,7 +228,7 @@ class NeuralODE(AbstractDeclarativeNode):
         if self.steps is not None:
             times = t0 + (t1 - t0) * (jnp.arange(1, self.steps + 1, dtype=t0.dtype) / self.steps)
         state = self._told(solver.init(terms, t0, times[0], y0, args), t0, t1)
-        asked, saved = x.ts, None
+        asked, saved = None if x.ts is None else jnp.asarray(x.ts, t0.dtype), None
         if asked is not None:
             saved = jtu.tree_map(lambda leaf: jnp.stack([leaf] * asked.size), y0)
 
@@ -251,6 +265,7 @@ class NeuralODE(AbstractDeclarativeNode):
         t0, t1 = self._times(x)
         ordered = jnp.asarray(True)
         if x.ts is not None:
+            x = eqx.tree_at(lambda x: x.ts, x, jnp.asarray(x.ts, t0.dtype))
             forwards = (x.ts - t0) / (t1 - t0)
             ordered = (forwards[0] >= 0) & (forwards[-1] <= 1) & jnp.all(forwards[1:] >= forwards[:-1])
             x = eqx.tree_at(lambda x: x.ts, x, jnp.where(ordered, x.ts, t1))
@@ -305,9 +320,11 @@ class NeuralODE(AbstractDeclarativeNode):
         unfinished = jnp.any(jnp.stack([code == number(member) for member in own]))
         code = jnp.where(unfinished, number(RESULTS.ode_unfinished), code)
         finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves((ys, saved))]
-        code = jnp.where((code == 0) & ~jnp.all(jnp.stack(finite)), number(RESULTS.nonfinite), code)
+        code = jnp.where((code == 0) & ~jnp.all(jnp.stack(finite)), number(RESULTS.ode_nonfinite), code)
+        code = jnp.where(ordered, code, number(RESULTS.bad_times))
+        x = InitialValue(x.y0, x.args)
         data = [~jnp.any(jnp.isnan(leaf)) for leaf in jtu.tree_leaves(eqx.filter((self, x), eqx.is_inexact_array))]
-        code = jnp.where(jnp.all(jnp.stack([*data, ordered])), code, number(RESULTS.nonfinite_data))
+        code = jnp.where(jnp.all(jnp.stack(data)), code, number(RESULTS.nonfinite_data))
         return eqx.tree_at(lambda member: member._value, RESULTS.successful, code)
 
     def _times(self, x: InitialValue):
@@ -373,9 +390,18 @@ def _like(mask: Array, leaf: Array) -> Array:
 
 
 def _close(field, t, y, like, args, signature: str):
+    try:
+        inspect.signature(field).bind(t, y, args)
+    except TypeError:
+        raise ValueError(
+            f"NeuralODE calls its field as {signature}, which {getattr(field, '__name__', type(field).__name__)} does not take. Wrap it: "
+            "lambda t, y, args: net(y), or a module with such a __call__."
+        ) from None
     closed = close(field, t, y, args)
-    describe = lambda tree: jtu.tree_map(lambda leaf: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}", tree)
-    got, want = describe(eqx.filter_eval_shape(closed, t, y, args)), describe(like)
+    one = lambda leaf: f"{jnp.result_type(leaf).name}{list(jnp.shape(leaf))}"
+    got, want = (jtu.tree_map(one, tree) for tree in (eqx.filter_eval_shape(closed, t, y, args), like))
     if got != want:
-        raise ValueError(f"NeuralODE: {signature} must be shaped like what it moves, {want}; it returned {got}.")
+        raise ValueError(
+            f"NeuralODE: {signature} must return the shape and dtype of what it moves, {want}; it returned {got}."
+        )
     return closed
