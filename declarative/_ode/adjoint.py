@@ -48,7 +48,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     - `anchors`: how many states are kept on the way.
     - `on_drift`: what to do if a state was reconstructed worse than `tolerance`: `"raise"`; `"warn"`; `"nan"`, NaN gradients;
       `"checkpoint"`, compute them again as `diffrax.RecursiveCheckpointAdjoint` does (under `vmap` for all lanes, if for one).
-    - `tolerance`: of each leaf of the state, relative to its largest entry at the two ends of a stretch between anchors. None: 1e-6 in
+    - `tolerance`: of each leaf of the state, relative to its largest entry on the stretch between two anchors. None: 1e-6 in
       float64, 3e-4 in float32.
     - `report`: put the errors of reconstruction, at the start and at the anchors, into `solution.stats["round_trip"]`, shape
       `(anchors + 1,)`. Walks back once more, whether or not there is a gradient.
@@ -173,7 +173,8 @@ class _Trail(eqx.Module):
 
     steps: Array
     grid: _Grid
-    kept: PyTree[Array]  # anchors: (y, state), stacked, and after how many steps each
+    sizes: list[Array]  # of the last stretch
+    kept: PyTree[Array]  # anchors: (y, state, sizes), stacked, and after how many steps each
     at: Array
 
 
@@ -217,13 +218,13 @@ def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, res
     grid = _Grid(t0, rest["t1"], init_state.tnext, final.tprev, steps, *known, recorded)
     end = final.solver_state
     final = eqx.tree_at(lambda s: s.solver_state, final, end.inner, is_leaf=_is_none)
-    return final, _Trail(end.taken, grid, end.kept, end.at)
+    return final, _Trail(end.taken, grid, end.sizes, end.kept, end.at)
 
 
 def _primal(differentiable, constants):
     # Without a gradient (or a report) nothing walks back, and no anchor is needed.
     adjoint = constants["adjoint"]
-    final, trail = _forwards(differentiable, **constants, anchors=adjoint.anchors if adjoint.report else 0)
+    final, trail = _forwards(differentiable, **constants, anchors=adjoint.anchors if adjoint.report else -1)
     return final, trail if adjoint.report else None
 
 
@@ -264,7 +265,7 @@ def _gradient(residuals, cotangents, perturbed, differentiable, constants):
 
         def values(parameters, own):
             everything = eqx.combine((own, parameters), others)
-            final, _ = _forwards(everything, **constants, anchors=0, kind="checkpointed")
+            final, _ = _forwards(everything, **constants, anchors=-1, kind="checkpointed")
             return eqx.filter([save.ys for save in _states(final)], eqx.is_inexact_array)
 
         ys, back = vjp(values, parameters, own)
@@ -323,7 +324,7 @@ def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end,
     for i, save in enumerate(saved):
         more = save.at_start(field, left[i], grid.t0, y0)
         of_y, of_parameters = _plus_both((of_y, of_parameters), more)
-    drift = drift.noted(0, solver.compared(y, state), solver.compared(y0, state0))
+    drift = drift.noted(0, solver.compared(y, state), solver.compared(y0, state0), drift.sizes)
     return (of_y, of_state), of_parameters, drift.errors
 
 
@@ -338,11 +339,11 @@ def _round_trip(solver, y0, state0, args, terms, end, trail):
         return steps - 1, (y, state), drift
 
     _, found, drift = jax.lax.while_loop(lambda c: c[0] > 0, back, (trail.steps, end, _no_drift(solver, trail, *end)))
-    return drift.noted(0, solver.compared(*found), solver.compared(y0, state0)).errors
+    return drift.noted(0, solver.compared(*found), solver.compared(y0, state0), drift.sizes).errors
 
 
 def _no_drift(solver, trail, y, state) -> Drift:
-    return Drift(jnp.zeros(len(trail.at) + 1, precision(y)), solver.compared(y, state))
+    return Drift(jnp.zeros(len(trail.at) + 1, precision(y)), trail.sizes)
 
 
 def _at_anchor(solver, trail, steps, y, state, drift):

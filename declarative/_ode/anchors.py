@@ -14,12 +14,14 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._linear.norms import largest
+from .trees import precision
 
 
 class AnchoredState(eqx.Module):
     inner: PyTree
     taken: Int[Array, ""]
-    kept: PyTree[Array]  # (y, state), stacked
+    sizes: list[Float[Array, ""]]  # of each leaf that is compared: its largest entry since the last state that was kept
+    kept: PyTree[Array]  # (y, state, sizes), stacked
     at: Int[Array, " anchors"]  # after how many steps each was kept; -1: never
 
 
@@ -30,7 +32,7 @@ class Anchored(dfx.AbstractWrappedSolver):
     t0: Array
     t1: Array
     order_of_error: Any  # of the terms as the user gave them: whether they hold noise does not show in traced ones
-    count: int = eqx.field(static=True)
+    count: int = eqx.field(static=True)  # -1: nothing will walk back
 
     @property
     def term_structure(self):
@@ -56,20 +58,33 @@ class Anchored(dfx.AbstractWrappedSolver):
         return self.start(y0, self.solver.init(terms, t0, t1, y0, args))
 
     def start(self, y, state) -> AnchoredState:
-        room = jtu.tree_map(lambda leaf: jnp.zeros((self.count, *jnp.shape(leaf)), jnp.result_type(leaf)), (y, state))
-        return AnchoredState(state, jnp.zeros((), jnp.int32), room, jnp.full(self.count, -1, jnp.int32))
+        sizes = self._sizes(y, state)
+        count = max(self.count, 0)
+        kept = jtu.tree_map(lambda leaf: jnp.zeros((count, *jnp.shape(leaf)), jnp.result_type(leaf)), (y, state, sizes))
+        return AnchoredState(state, jnp.zeros((), jnp.int32), sizes, kept, jnp.full(count, -1, jnp.int32))
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         y1, error, dense, inner, result = self.solver.step(terms, t0, t1, y0, args, solver_state.inner, made_jump)
-        taken = solver_state.taken + 1
-        if self.count == 0:
-            return y1, error, dense, AnchoredState(inner, taken, solver_state.kept, solver_state.at), result
+        taken, sizes = solver_state.taken + 1, solver_state.sizes
+        here = self._sizes(y1, inner)
+        sizes = [jnp.maximum(a, b) for a, b in zip(sizes, here, strict=True)]
+        if self.count <= 0:
+            state = AnchoredState(inner, taken, sizes, solver_state.kept, solver_state.at)
+            return y1, error, dense, state, result
         slot = self._passed(t1)
         crossed = (slot > self._passed(t0)) & (slot <= self.count)
         index = jnp.clip(slot - 1, 0, self.count - 1)
         keep = lambda room, leaf: room.at[index].set(jnp.where(crossed, leaf, room[index]))
-        kept = jtu.tree_map(keep, solver_state.kept, (y1, inner))
-        return y1, error, dense, AnchoredState(inner, taken, kept, keep(solver_state.at, taken)), result
+        kept = jtu.tree_map(keep, solver_state.kept, (y1, inner, sizes))
+        sizes = [jnp.where(crossed, new, old) for new, old in zip(here, sizes, strict=True)]
+        state = AnchoredState(inner, taken, sizes, kept, keep(solver_state.at, taken))
+        return y1, error, dense, state, result
+
+    def _sizes(self, y, state) -> list:
+        if self.count < 0:
+            return []
+        compared = self.solver.compared(y, state)  # pyright: ignore[reportAttributeAccessIssue]  (an AbstractReversibleSolver)
+        return [largest(leaf).astype(precision(y)) for leaf in jtu.tree_leaves(compared)]
 
     def _passed(self, t):
         """How many of the times were passed by t; count + 1 at the end, where nothing needs to be kept."""
@@ -81,17 +96,17 @@ class Drift(eqx.Module):
     """How far off reconstruction was: at the start, and at each anchor."""
 
     errors: Float[Array, " anchors_plus_1"]
-    # What is compared, at the later end of the stretch being walked. The scale of a leaf is its own, and local: beside one that is huge,
-    # or where a solution grows or decays by much, another scale would hide an error that matters.
-    later: PyTree[Array]
+    # Of each leaf that is compared, the largest entry that it had on the stretch being walked, as the way there found it. The scale of a
+    # leaf is its own, and local: beside one that is huge, or where a solution grows or decays by much, another scale would hide an
+    # error that matters. Of all steps of the stretch, not of its ends alone: an integral that starts at zero may come back to it.
+    sizes: list[Float[Array, ""]]
 
-    def noted(self, place, found: PyTree, kept: PyTree) -> "Drift":
-        """With the largest error of a leaf, relative to its largest entry at the two ends of the stretch."""
+    def noted(self, place, found: PyTree, kept: PyTree, sizes: list) -> "Drift":
+        """With the largest error of a leaf, relative to its size; `sizes` are those of the next stretch."""
         errors = []
-        for new, old, end in zip(*map(jtu.tree_leaves, (found, kept, self.later)), strict=True):
-            scale = jnp.maximum(largest(old), largest(end))
-            errors.append((largest(new - old) / jnp.where(scale > 0, scale, 1)).astype(self.errors.dtype))
-        return Drift(self.errors.at[place].set(largest(errors)), kept)
+        for new, old, size in zip(*map(jtu.tree_leaves, (found, kept)), self.sizes, strict=True):
+            errors.append((largest(new - old) / jnp.where(size > 0, size, 1)).astype(self.errors.dtype))
+        return Drift(self.errors.at[place].set(largest(errors)), sizes)
 
 
 def compare(solver, kept, at, steps, y, state, drift: Drift):
@@ -101,8 +116,8 @@ def compare(solver, kept, at, steps, y, state, drift: Drift):
 
     def restart(y, state, drift):
         index = jnp.argmax(here)
-        old_y, old_state = jtu.tree_map(lambda room: room[index], kept)
-        noted = drift.noted(index + 1, solver.compared(y, state), solver.compared(old_y, old_state))
+        old_y, old_state, sizes = jtu.tree_map(lambda room: room[index], kept)
+        noted = drift.noted(index + 1, solver.compared(y, state), solver.compared(old_y, old_state), sizes)
         choose = lambda new, old: jnp.where(arrived, new, old)
         return jtu.tree_map(choose, (old_y, old_state, noted), (y, state, drift))
 
