@@ -111,6 +111,31 @@ def test_no_lane_holds_a_gradient_of_the_weights_in_an_ode(adaptive):
     assert memory < 75 * states < 2 * size * states  # two gradients a lane is what a loop would need
 
 
+def test_lanes_of_nested_vmaps_with_steps_of_their_own():
+    """Each of the two maps shares what the other one maps; and no lanes at all."""
+    ys, rates = jnp.array([0.5, 2.0, 9.0]), jnp.array([1.0, 8.0])
+    controller = dfx.PIDController(rtol=1e-3, atol=1e-3)
+
+    def loss(adjoint, swapped):
+        def one(y, rate):
+            term = dfx.ODETerm(lambda t, y, rate: -rate * jnp.sin(y))
+            options = {"adjoint": adjoint, "stepsize_controller": controller, "max_steps": 400}
+            return dfx.diffeqsolve(term, dfx.ReversibleHeun(), 0.0, 1.0, 0.1, y, rate, **options).ys[0]  # pyright: ignore
+
+        def total(ys, rates):
+            inner = jax.vmap(one, (0, None) if swapped else (None, 0))
+            return jnp.sum(jax.vmap(inner, (None, 0) if swapped else (0, None))(ys, rates) ** 2)
+
+        return jax.jit(jax.grad(total, (0, 1)))
+
+    for swapped in (False, True):
+        pair = [loss(adjoint, swapped)(ys, rates) for adjoint in (dn.ReversibleAdjoint(), dfx.DirectAdjoint())]
+        for ours, theirs in zip(*pair, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+    of_none = loss(dn.ReversibleAdjoint(), False)(jnp.ones(0), rates)
+    np.testing.assert_array_equal(of_none[1], 0)
+
+
 class Branch(eqx.Module):
     weight: Array
 

@@ -285,7 +285,7 @@ def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | N
         return value, lambda cotangent: jtu.tree_map(lambda leaf: jnp.where(where, leaf, 0), back(cotangent))
     closed = close(fn, parameters, *x)
     where = jnp.asarray(True) if where is None else where
-    lane = lambda captured, parameters, x: Closed(captured, closed.trace)(parameters, *x)
+    lane = lambda captured, parameters, x, where: Closed(captured, closed.trace)(parameters, *x)
     value, pull = _together(lane, levels, _value), _together(lane, levels, _pull)
 
     def back(cotangent):
@@ -297,13 +297,12 @@ def vjp(fn: Callable, parameters: PyTree, *x: PyTree, where: Bool[Array, ""] | N
 
 
 def _value(fn, captured, parameters, x, where):
-    del where
-    return fn(captured, parameters, x)
+    return fn(captured, parameters, x, where)
 
 
 def _pull(fn, captured, parameters, x, where, cotangent):
-    _, back = jax.vjp(lambda parameters, x: fn(captured, parameters, x), parameters, x)
-    return jtu.tree_map(lambda leaf: jnp.where(where, leaf, 0), back(cotangent))
+    _, back = jax.vjp(lambda parameters, x: fn(captured, parameters, x, where), parameters, x)
+    return jtu.tree_map(lambda leaf: jnp.where(jnp.any(where), leaf, 0), back(cotangent))
 
 
 def _together(fn: Callable, levels: tuple, use: Callable) -> Callable:
@@ -318,23 +317,29 @@ def _together(fn: Callable, levels: tuple, use: Callable) -> Callable:
         of_captured, of_parameters, of_x, of_where, *of_cotangent = mapped
         spread = lambda leaf, flag: leaf if flag else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
         x, cotangent = jtu.tree_map(spread, x, of_x), jtu.tree_map(spread, cotangent, tuple(of_cotangent))
-        if of_where:
-            # A lane that takes no part stands where one that does stands, and asks for nothing.
-            one = jnp.argmax(where)
-            lanes = lambda leaf: where.reshape(size, *(1,) * (leaf.ndim - 1))
-            stand = lambda leaf, flag=True: jnp.where(lanes(leaf), leaf, leaf[one]) if flag else leaf
-            captured, parameters = (
-                jtu.tree_map(stand, *pair) for pair in ((captured, of_captured), (parameters, of_parameters))
-            )
-            x = jtu.tree_map(stand, x)
-            cotangent = jtu.tree_map(lambda leaf: jnp.where(lanes(leaf), leaf, 0), cotangent)
-            where = jnp.any(where)
         axes = lambda flags: jtu.tree_map(lambda flag: 0 if flag else None, flags)
-        lane_axes = axes(of_captured), axes(of_parameters), 0
+        lane_axes = axes(of_captured), axes(of_parameters), 0, axes(of_where)
+        apart = of_where and size > 0
 
-        def batched(captured, parameters, x):
-            return jax.vmap(fn, lane_axes, axis_size=size, axis_name=levels[0])(captured, parameters, x)
+        def some(where):
+            return jnp.any(where.reshape(size, -1), axis=1)
 
+        def choose(where, leaf, other):
+            return jnp.where(some(where).reshape(size, *(1,) * (leaf.ndim - 1)), leaf, other)
+
+        def batched(captured, parameters, x, where):
+            if apart:
+                # A lane that takes no part stands where one that does stands: it must have a derivative there. Inside of what is
+                # differentiated: the cotangents of parameters are then summed as if nothing had happened.
+                one, taking_part = jnp.argmax(some(where)), where
+                stand = lambda leaf, flag=True: choose(taking_part, leaf, leaf[one]) if flag else leaf
+                captured = jtu.tree_map(stand, captured, of_captured)
+                parameters = jtu.tree_map(stand, parameters, of_parameters)
+                x, where = jtu.tree_map(stand, x), stand(where)
+            return jax.vmap(fn, lane_axes, axis_size=size, axis_name=levels[0])(captured, parameters, x, where)
+
+        if apart:
+            cotangent = jtu.tree_map(lambda leaf: choose(where, leaf, 0), cotangent)
         out = _together(batched, levels[1:], use)(captured, parameters, x, where, *cotangent)
         everywhere = lambda tree: jtu.tree_map(lambda _: True, tree)
         return out, (of_parameters, everywhere(x)) if cotangent else everywhere(out)

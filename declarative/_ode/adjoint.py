@@ -47,7 +47,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
 
     - `anchors`: how many states are kept on the way.
     - `on_drift`: what to do if a state was reconstructed worse than `tolerance`: `"raise"`; `"warn"`; `"nan"`, NaN gradients;
-      `"checkpoint"`, compute them again as `diffrax.RecursiveCheckpointAdjoint` does (under `vmap` for all lanes, if for one).
+      `"checkpoint"`, compute them again as `diffrax.DirectAdjoint` does, from checkpoints (under `vmap` for all lanes, if for one).
     - `tolerance`: of each leaf of the state, relative to its largest entry on the stretch between two anchors. None: 1e-6 in
       float64, 3e-4 in float32.
     - `report`: put the errors of reconstruction, at the start and at the anchors, into `solution.stats["round_trip"]`, shape
@@ -199,7 +199,7 @@ def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, res
         )
         init_state = eqx.tree_at(lambda s: s.save_state, init_state, (init_state.save_state, record), is_leaf=_is_none)
     init_state = eqx.tree_at(lambda s: (s.y, s.solver_state), init_state, (y, state), is_leaf=_is_none)
-    outer = while_loop if walk else ft.partial(while_loop, checkpoints=64 if max_steps is None else None)
+    outer = ft.partial(while_loop, checkpoints=64) if kind == "checkpointed" else while_loop
     final, _ = adjoint._loop(
         args=args, terms=terms, solver=anchored, saveat=saveat, init_state=init_state, inner_while_loop=while_loop,
         outer_while_loop=outer, **rest,
@@ -262,10 +262,12 @@ def _gradient(residuals, cotangents, perturbed, differentiable, constants):
 
     def again():
         (own, parameters), others = eqx.partition(differentiable, perturbed)
+        # equinox's checkpointed loop counts the gradient of what no lane of a vmap changes once for each of them.
+        bounded = constants["rest"]["max_steps"] is not None
 
         def values(parameters, own):
             everything = eqx.combine((own, parameters), others)
-            final, _ = _forwards(everything, **constants, anchors=-1, kind="checkpointed")
+            final, _ = _forwards(everything, **constants, anchors=-1, kind="bounded" if bounded else "checkpointed")
             return eqx.filter([save.ys for save in _states(final)], eqx.is_inexact_array)
 
         ys, back = vjp(values, parameters, own)

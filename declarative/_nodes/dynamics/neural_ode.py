@@ -85,7 +85,7 @@ class NeuralODE(AbstractDeclarativeNode):
       `max_steps`, with `dt0` as its first step (None: it finds one).
     - `t0`, `t1`: numbers, in either order.
     - `adjoint`: how gradients flow, as a diffrax adjoint. None: `ReversibleAdjoint()` where the solver has an inverse, else
-      `diffrax.RecursiveCheckpointAdjoint()`.
+      `diffrax.DirectAdjoint()`.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
     | `adjoint`                    | gradient                       | modes                          | states kept in N steps |
@@ -302,6 +302,8 @@ class NeuralODE(AbstractDeclarativeNode):
         else:
             controller, max_steps, first = _EqualSteps(self.steps), self.steps, None
         assert controller is not None
+        if isinstance(adjoint, dfx.RecursiveCheckpointAdjoint):
+            x = _one_batch(x)
         solver, terms, state = self._solver(x), self._terms(), None
         if self._automatic and not isinstance(adjoint, (ReversibleAdjoint, dfx.BacksolveAdjoint)):
             state = self._told(solver.init(terms, t0, t1, x.y0, x.args), t0, t1)
@@ -368,7 +370,7 @@ class NeuralODE(AbstractDeclarativeNode):
             return dfx.DirectAdjoint()
         adjoint = self.adjoint
         if adjoint is None:
-            adjoint = ReversibleAdjoint() if has_inverse(self.solver) else dfx.RecursiveCheckpointAdjoint()
+            adjoint = ReversibleAdjoint() if has_inverse(self.solver) else dfx.DirectAdjoint()
         if isinstance(adjoint, ReversibleAdjoint) and adjoint.on_drift == "raise" and not self.policy.throw:
             return ReversibleAdjoint(adjoint.anchors, "nan", adjoint.tolerance, adjoint.report)
         return adjoint
@@ -382,6 +384,17 @@ def _every_step(out: dfx.Solution):
     last = jnp.maximum(out.stats["num_accepted_steps"] - 1, 0)
     taken = jnp.arange(ts.size) < last
     return jtu.tree_map(lambda leaf: jnp.where(_like(taken, leaf), leaf, leaf[last]), (ts, ys))
+
+
+def _one_batch(x: InitialValue) -> InitialValue:
+    """The same data, of which every leaf of y0 is batched by a `vmap` that batches anything of it.
+
+    The loop of diffrax's checkpointing counts the gradient of a leaf that no lane changes once for each lane.
+    """
+    floats = [leaf for leaf in jtu.tree_leaves(x) if eqx.is_inexact_array(leaf) and leaf.size]
+    zeros = [jnp.where(False, jnp.ravel(leaf)[0], 0) for leaf in floats]
+    spread = lambda leaf: sum((zero.astype(leaf.dtype) for zero in zeros), leaf)
+    return eqx.tree_at(lambda x: x.y0, x, jtu.tree_map(spread, x.y0))
 
 
 def _like(mask: Array, leaf: Array) -> Array:
