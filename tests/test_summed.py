@@ -120,7 +120,7 @@ def test_lanes_of_nested_vmaps_with_steps_of_their_own():
         def one(y, rate):
             term = dfx.ODETerm(lambda t, y, rate: -rate * jnp.sin(y))
             options = {"adjoint": adjoint, "stepsize_controller": controller, "max_steps": 400}
-            return dfx.diffeqsolve(term, dfx.ReversibleHeun(), 0.0, 1.0, 0.1, y, rate, **options).ys[0]  # pyright: ignore
+            return dfx.diffeqsolve(term, dfx.ReversibleHeun(), 0.0, 1.0, 0.1, y, rate, **options).ys[0]  # pyright: ignore  (options of mixed types)
 
         def total(ys, rates):
             inner = jax.vmap(one, (0, None) if swapped else (None, 0))
