@@ -90,6 +90,14 @@ def test_a_leaf_that_no_lane_changes_counts_once_a_lane(adjoint):
     together = jax.jit(jax.grad(lambda a: jnp.sum(jax.vmap(lambda x: one(x, a))(xs))))(a)
     np.testing.assert_allclose(together, sum(jax.grad(one, 1)(x, a) for x in xs), rtol=1e-9)
 
+    def member(weight, a):  # an ensemble: nothing but the field differs among the lanes
+        field = lambda t, y, a: (-a * weight * jnp.sin(y[0]), -a * y[1])
+        ode = dn.NeuralODE(field, dfx.ReversibleHeun() if adjoint else dfx.Tsit5(), adjoint=adjoint, steps=10)
+        return sum(jnp.sum(y) for y in ode((jnp.array(0.7), jnp.array(1.0)), a))
+
+    together = jax.jit(jax.grad(lambda a: jnp.sum(jax.vmap(lambda w: member(w, a))(xs))))(a)
+    np.testing.assert_allclose(together, sum(jax.grad(member, 1)(w, a) for w in xs), rtol=1e-9)
+
 
 def test_a_separable_system_and_time_that_runs_backwards():
     circle = dn.NeuralODE((lambda t, q, _: -q, lambda t, p, _: p), dn.Leapfrog(), steps=400, t1=2 * np.pi)

@@ -30,7 +30,7 @@ from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._ode.adjoint import ReversibleAdjoint
 from ..._ode.foreign import has_inverse
-from ..._ode.reversible import ANCHORS, Leapfrog, Reversible, coupling_for
+from ..._ode.reversible import ANCHORS, Reversible, coupling_for
 from ..._ode.trees import precision
 
 
@@ -155,12 +155,14 @@ class NeuralODE(AbstractDeclarativeNode):
                 raise ValueError(f"{name} must be a finite number, got {value!r}. Times that are data go into `ts`.")
         if t0 == t1:
             raise ValueError(f"t0 and t1 must differ, both are {t0}.")
-        if isinstance(field, list | tuple) and (len(field) != 2 or not all(callable(f) for f in field)):
-            raise ValueError("field must be a function of (t, y, args), or the pair (f, g) of a separable system.")
-        if not isinstance(field, list | tuple) and not callable(field):
-            raise ValueError(f"field must be a function of (t, y, args), got {type(field).__name__}.")
         pair = isinstance(field, list | tuple)
-        if pair != isinstance(solver, Leapfrog | dfx.SemiImplicitEuler):
+        if not (len(field) == 2 and all(callable(f) for f in field) if pair else callable(field)):
+            raise ValueError(
+                f"field must be a function of (t, y, args), or the pair (f, g) of a separable system; got a {type(field).__name__}."
+            )
+        if solver is not None and not isinstance(solver, dfx.AbstractSolver):
+            raise ValueError(f"solver must be a diffrax solver, got {solver!r}.")
+        if pair != isinstance(getattr(solver, "term_structure", None), tuple):
             raise ValueError(
                 "field=(f, g) is for the solvers of separable systems, declarative.Leapfrog() and diffrax.SemiImplicitEuler(), and they are "
                 f"for nothing else; got {'a pair' if pair else 'one field'} and {type(solver).__name__ if solver else 'no solver'}."
@@ -178,9 +180,8 @@ class NeuralODE(AbstractDeclarativeNode):
                 "diffrax.ImplicitAdjoint differentiates a steady state, which y(t1) is not. For the steady state of a field use "
                 "Root(lambda y, x: field(0.0, y, x))."
             )
-        if not isinstance(self.solver, dfx.AbstractSolver):
-            raise ValueError(f"solver must be a diffrax solver, got {self.solver!r}.")
 
+    # The friendlier form that the contract asks for.
     def __call__(self, y0: PyTree, args: PyTree = None, ts: Any = None) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(InitialValue(y0, args, ts)))
 
@@ -303,7 +304,7 @@ class NeuralODE(AbstractDeclarativeNode):
             controller, max_steps, first = _EqualSteps(self.steps), self.steps, None
         assert controller is not None
         if isinstance(adjoint, dfx.RecursiveCheckpointAdjoint):
-            x = _one_batch(x)
+            x = _one_batch(x, self.field)
         solver, terms, state = self._solver(x), self._terms(), None
         if self._automatic and not isinstance(adjoint, (ReversibleAdjoint, dfx.BacksolveAdjoint)):
             state = self._told(solver.init(terms, t0, t1, x.y0, x.args), t0, t1)
@@ -386,12 +387,12 @@ def _every_step(out: dfx.Solution):
     return jtu.tree_map(lambda leaf: jnp.where(_like(taken, leaf), leaf, leaf[last]), (ts, ys))
 
 
-def _one_batch(x: InitialValue) -> InitialValue:
-    """The same data, of which every leaf of y0 is batched by a `vmap` that batches anything of it.
+def _one_batch(x: InitialValue, field: PyTree) -> InitialValue:
+    """The same data, of which every leaf of y0 is batched by a `vmap` that batches anything of it or of the field.
 
     The loop of diffrax's checkpointing counts the gradient of a leaf that no lane changes once for each lane.
     """
-    floats = [leaf for leaf in jtu.tree_leaves(x) if eqx.is_inexact_array(leaf) and leaf.size]
+    floats = [leaf for leaf in jtu.tree_leaves((x, field)) if eqx.is_inexact_array(leaf) and leaf.size]
     zeros = [jnp.where(False, jnp.ravel(leaf)[0], 0) for leaf in floats]
     spread = lambda leaf: sum((zero.astype(leaf.dtype) for zero in zeros), leaf)
     return eqx.tree_at(lambda x: x.y0, x, jtu.tree_map(spread, x.y0))
