@@ -3,6 +3,7 @@ r"""What the gradient of an ODE solve costs, by adjoint.
     python -m benchmarks.ode_adjoints            about 10 minutes on 2 CPU cores
     python -m benchmarks.ode_adjoints --quick    about a minute, the small sizes
     python -m benchmarks.ode_adjoints --drift    the drift guard of ReversibleAdjoint, on fields where reversal fails; 2 minutes
+    python -m benchmarks.ode_adjoints --gpu      sizes for an accelerator, where a step waits for its kernels to start
 
 The field is an MLP of width 64 with tanh, float32, the horizon 1, the loss $\sum y(1)^2$, its gradient with respect to the parameters and
 y(0). "vmap" solves each example of the batch by itself, "batched" the batch as one state. Compared are
@@ -10,7 +11,8 @@ y(0). "vmap" solves each example of the batch by itself, "batched" the batch as 
 - `ReversibleAdjoint`, and diffrax's `RecursiveCheckpointAdjoint`, `DirectAdjoint` and `BacksolveAdjoint`, all on reversible Heun;
 - `Reversible(Heun | Tsit5)` under `ReversibleAdjoint` beside the plain solver under `RecursiveCheckpointAdjoint`, at equal steps;
 - `scan`: reversible Heun written as a `jax.lax.scan`, differentiated as it is (memory only);
-- `torchdiffeq.odeint_adjoint` (midpoint, fixed steps, batched), where it is installed.
+- `torchdiffeq.odeint_adjoint` (midpoint, fixed steps, batched; on a GPU if JAX is), where it is installed. Its gradient is that of a
+  backward solve, not of the discretisation, and a midpoint step evaluates the field twice.
 
 Time is the median over rounds in which the methods take turns; memory that of the temporary buffers of the compiled gradient; error the
 largest relative one over parameters and y(0), against float64 autodiff of the same scheme at the same float32 parameters. Read ratios.
@@ -65,6 +67,14 @@ CASES = [
     Case(16, 1000, 200, True),
     Case(16, 1000, 200, False),
     Case(2, 16, 4000, True, adaptive=True),
+]
+GPU = [
+    Case(2, 16, 1000, True),
+    Case(256, 1, 1000, False),
+    Case(16, 1000, 200, True),
+    Case(16, 1000, 200, False),
+    Case(64, 20_000, 100, True),
+    Case(64, 20_000, 100, False),
 ]
 HEUN = dfx.ReversibleHeun()
 CHECKPOINT = dfx.RecursiveCheckpointAdjoint()
@@ -199,10 +209,9 @@ def by_torch(case: Case, rounds: int) -> dict:
 
     parameters, _, y0 = problem(case)
     first, second = parameters.layers
-    tensors = [
-        torch.tensor(np.asarray(leaf), requires_grad=True)
-        for leaf in (first.weight, first.bias, second.weight, second.bias)
-    ]
+    device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+    to_torch = lambda leaf: torch.tensor(np.asarray(leaf), requires_grad=True, device=device)
+    tensors = [to_torch(leaf) for leaf in (first.weight, first.bias, second.weight, second.bias)]
 
     class Field(torch.nn.Module):
         def __init__(self):
@@ -213,20 +222,30 @@ def by_torch(case: Case, rounds: int) -> dict:
             w, b, v, c = self.held
             return torch.tanh(y @ w.T + b) @ v.T + c
 
-    field = Field()
-    times = []
-    for _ in range(max(3, rounds // 3)):
-        start = torch.tensor(np.asarray(y0), requires_grad=True)
+    field, span = Field(), torch.tensor([0.0, 1.0], device=device)
+
+    def run():
+        field.zero_grad()
+        start = to_torch(y0)
         begin = time.perf_counter()
         options = {"step_size": 1.0 / case.steps}
-        end = torchdiffeq.odeint_adjoint(field, start, torch.tensor([0.0, 1.0]), method="midpoint", options=options)[-1]
+        end = torchdiffeq.odeint_adjoint(field, start, span, method="midpoint", options=options)[-1]
         (end**2).sum().backward()
-        times.append(time.perf_counter() - begin)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin, start.grad
+
+    _, of_y0 = run()
+    gradient = [leaf.grad.cpu().numpy() for leaf in field.held] + [of_y0.cpu().numpy()]
+    truth = exact(case, dfx.Midpoint())
+    assert truth is not None
+    times = [run()[0] for _ in range(max(3, rounds // 3))]
     return {
         "case": str(case),
         **case._asdict(),
         "method": "torchdiffeq adjoint, midpoint",
         "ms": 1e3 * statistics.median(times),
+        "error": relative(gradient, [*jtu.tree_leaves(truth[0]), truth[1]]),
     }
 
 
@@ -241,7 +260,7 @@ def show(rows: list[dict]) -> None:
         print(f"{row['method']:32s} {ms} {memory} {error} {row.get('compile_s', '-')!s:>9s}")
 
 
-def picture(rows: list[dict]) -> None:
+def picture(rows: list[dict], folder: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -272,7 +291,7 @@ def picture(rows: list[dict]) -> None:
     right.set(xlabel="time over that of ReversibleAdjoint", title="gradient, reversible Heun")
     right.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "ode_adjoints.png", dpi=150)
+    figure.savefig(folder / "ode_adjoints.png", dpi=150)
 
 
 def drift() -> None:
@@ -343,6 +362,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Gradients of ODE solves: time, memory and error by adjoint.")
     parser.add_argument("--quick", action="store_true", help="the small sizes only; nothing is saved")
     parser.add_argument("--drift", action="store_true", help="the guard of ReversibleAdjoint instead")
+    parser.add_argument("--gpu", action="store_true", help="sizes for an accelerator; saved as ode_adjoints_gpu.jsonl")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args()
     if args.drift:
         return drift()
@@ -353,14 +374,16 @@ def main() -> None:
     }
     print(about)
     rows = []
-    for case in QUICK if args.quick else CASES:
+    for case in QUICK if args.quick else GPU if args.gpu else CASES:
         new = measure(case, rounds=5 if case.steps * case.batch > 100_000 else 15)
         show(new)
         rows += new
     if not args.quick:
-        with open(RESULTS / "ode_adjoints.jsonl", "w") as file:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with open(args.out / f"ode_adjoints{'_gpu' if args.gpu else ''}.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in [about, *rows])
-        picture(rows)
+        if not args.gpu:
+            picture(rows, args.out)
 
 
 if __name__ == "__main__":

@@ -55,9 +55,7 @@ class Flow(eqx.Module):
         self.mlp = eqx.tree_at(last, mlp, tuple(jnp.zeros_like(leaf) for leaf in last(mlp)))
         self.solver = dfx.ReversibleHeun()
         reversible = config.adjoint == "reversible"
-        # A divergence that comes back to zero is all rounding there, for the guard; whatever it objects to is checkpointed.
-        fallback = dn.ReversibleAdjoint(on_drift="checkpoint")
-        self.adjoint = fallback if reversible else dfx.RecursiveCheckpointAdjoint()
+        self.adjoint = dn.ReversibleAdjoint() if reversible else dfx.RecursiveCheckpointAdjoint()
         self.size, self.steps = d, config.steps
 
     def velocity(self, t: Float[Array, ""], x: Float[Array, " d"]) -> Float[Array, " d"]:

@@ -5,6 +5,7 @@ derivative rule may not capture, and which jaxopt silently treated as a constant
 into a jaxpr and the arrays that it captured; they become ordinary inputs of the node.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,33 @@ class Closed(eqx.Module):
         closed = jax.extend.core.ClosedJaxpr(self.trace.jaxpr, self.captured)
         out = jax.extend.core.jaxpr_as_fun(closed)(*leaves)
         return jtu.tree_unflatten(self.trace.out_tree, out)
+
+    def read(self) -> PyTree[bool]:
+        """For each array among the arguments, whether the function computes something from it that it returns; True if in doubt.
+
+        False for what is ignored or returned as it is: no derivative depends on its value.
+        """
+        jaxpr = self.trace.jaxpr
+        inputs = set(jaxpr.invars)
+        computed = [atom for atom in jaxpr.outvars if _is_variable(atom) and atom not in inputs]
+        return jtu.tree_unflatten(self.trace.in_tree, _read(jaxpr, computed))
+
+
+def _read(jaxpr, returned) -> list[bool]:
+    """Which inputs of a jaxpr `returned` depends on. Looks into `jax.jit`; whatever else is called reads all that it is given."""
+    live = set(filter(_is_variable, returned))
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not live.isdisjoint(equation.outvars):
+            inner = itertools.repeat(True)
+            if equation.primitive.name == "jit":
+                called = equation.params["jaxpr"].jaxpr
+                inner = _read(called, called.outvars)
+            live |= {var for var, read in zip(equation.invars, inner, strict=False) if read and _is_variable(var)}
+    return [var in live for var in jaxpr.invars]
+
+
+def _is_variable(atom) -> bool:
+    return not isinstance(atom, jax.extend.core.Literal)
 
 
 def close(fn: Callable, *args: PyTree) -> Closed:

@@ -28,7 +28,7 @@ from jaxtyping import Array, PyTree
 from .._core.closure import close
 from .._core.summed import Rule, nan_where, summing, vjp
 from .._linear.norms import maximum
-from .anchors import Anchored, Drift, compare
+from .anchors import Anchored, Compared, Drift, compare
 from .foreign import reversible
 from .reversible import ANCHORS, AbstractReversibleSolver, Interval, Pair, Reversible
 from .saved import SAVE_Y, Field, Saved, walk
@@ -49,7 +49,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     - `on_drift`: what to do if a state was reconstructed worse than `tolerance`: `"raise"`; `"warn"`; `"nan"`, NaN gradients;
       `"checkpoint"`, compute them again as `diffrax.DirectAdjoint` does, from checkpoints (under `vmap` for all lanes, if for one).
     - `tolerance`: of each leaf of the state, relative to its largest entry on the stretch between two anchors. None: 1e-6 in
-      float64, 3e-4 in float32.
+      float64, 3e-4 in float32. Leaves that no field reads (integrals carried along) are left out: no gradient depends on them.
     - `report`: put the errors of reconstruction, at the start and at the anchors, into `solution.stats["round_trip"]`, shape
       `(anchors + 1,)`. Walks back once more, whether or not there is a gradient.
 
@@ -80,6 +80,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         order = solver.error_order(terms)
         terms = solver.hoist(terms, rest["t0"], y, args)
         fns = [None if sub.fn is SAVE_Y else close(sub.fn, rest["t0"], y, args) for sub in _subs(saveat)]
+        compared = Compared(solver, _read(terms, fns, y))
         # Times and what controls them are data; `tprev` is t0.
         rest = {name: _constant(value, "t0, t1, dt0 or the step size controller") for name, value in rest.items()}
         saveat = _constant(
@@ -97,6 +98,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         constants = {
             "adjoint": self,
             "solver": solver,
+            "compared": compared,
             "order": order,
             "init_state": init_state,
             "saveat": saveat,
@@ -106,7 +108,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
         stats = {}
         if self.report:
             held = _stopped((y, state, args, terms, (final.y, final.solver_state), trail))
-            stats["round_trip"] = _round_trip(solver, *held)
+            stats["round_trip"] = _round_trip(solver, compared, *held)
         return _only_ys(final), stats
 
 
@@ -136,6 +138,14 @@ def _check(terms, saveat, init_state, rest):
         controller = getattr(controller, "controller", None)
     if init_state.made_jump is not False:
         raise ValueError("ReversibleAdjoint cannot start from made_jump.")
+
+
+def _read(terms, fns, y) -> tuple[bool, ...]:
+    """Of the leaves of y, which ones the field reads, or a function of `SaveAt`; all, in a separable system."""
+    if isinstance(terms, tuple):
+        return tuple(True for _ in jtu.tree_leaves(y))
+    readers = [fn.read()[1] for fn in (terms.field, *fns) if fn is not None]
+    return tuple(any(leaf) for leaf in zip(*map(jtu.tree_leaves, readers), strict=True))
 
 
 class _Grid(eqx.Module):
@@ -178,7 +188,9 @@ class _Trail(eqx.Module):
     at: Array
 
 
-def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, rest, anchors, kind: Any = "lax"):
+def _forwards(
+    differentiable, *, adjoint, solver, compared, order, init_state, saveat, rest, anchors, kind: Any = "lax"
+):
     """diffrax's own loop, with anchors in the solver's state, and the times of adaptive steps saved beside what the user saves."""
     (y, state), (args, terms, fns) = differentiable
     controller, t0, max_steps = rest["stepsize_controller"], rest["t0"], rest["max_steps"]
@@ -187,7 +199,7 @@ def _forwards(differentiable, *, adjoint, solver, order, init_state, saveat, res
     )
     while_loop: Any = ft.partial(eqxi.while_loop, kind=kind)
     walk = kind == "lax"
-    anchored = Anchored(solver, t0, rest["t1"], order, anchors)
+    anchored = Anchored(solver, compared, t0, rest["t1"], order, anchors)
     recording = walk and not _is_fixed(controller)
     state = anchored.start(y, state)
     if recording:
@@ -246,7 +258,9 @@ def _gradient(residuals, cotangents, perturbed, differentiable, constants):
         if jtu.tree_leaves(of):
             saved.append(Saved(sub.t0, sub.t1, sub.steps, sub.ts, index, of))
             left.append(place)
-    *result, drift = _backwards(solver, perturbed, differentiable, (y, state), trail, saved, left)
+    *result, drift = _backwards(
+        solver, constants["compared"], perturbed, differentiable, (y, state), trail, saved, left
+    )
     # Cotangents of what is differentiated, None elsewhere.
     result = jtu.tree_map(lambda wanted, c: c if wanted else None, perturbed, tuple(result), is_leaf=_is_none)
 
@@ -280,7 +294,7 @@ def _gradient(residuals, cotangents, perturbed, differentiable, constants):
     return (chosen[0], better[1]) if summing() else chosen
 
 
-def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end, trail: _Trail, saved, left):
+def _backwards(solver: AbstractReversibleSolver, compared, perturbed, differentiable, end, trail: _Trail, saved, left):
     """`((of_y0, of_state0), of_parameters, drift)`."""
     (y0, state0), parameters = differentiable
     apart = summing(trail.steps, trail.grid, [save.ts for save in saved], left)
@@ -316,40 +330,40 @@ def _backwards(solver: AbstractReversibleSolver, perturbed, differentiable, end,
         of_y, of_state, more = pullback(of_y, of_state, of_info)
         of_parameters = _plus(of_parameters, more)
         steps = steps - 1
-        y, state, drift = _at_anchor(solver, trail, steps, y, state, drift)
+        y, state, drift = _at_anchor(compared, trail, steps, y, state, drift)
         interval = Interval(grid.time(steps - 2), interval.before, interval.start)
         return (steps, interval, y, state, of_y, of_state, left, left_ts, drift), of_parameters
 
-    carry = (steps, interval, y, state, of_y, of_state, left, left_ts, _no_drift(solver, trail, y, state))
+    carry = (steps, interval, y, state, of_y, of_state, left, left_ts, _no_drift(trail, y, state))
     carry, of_parameters = walk(lambda carry: carry[0] > 0, back, field, carry, of_parameters)
     _, _, y, state, of_y, of_state, left, _, drift = carry
     for i, save in enumerate(saved):
         more = save.at_start(field, left[i], grid.t0, y0)
         of_y, of_parameters = _plus_both((of_y, of_parameters), more)
-    drift = drift.noted(0, solver.compared(y, state), solver.compared(y0, state0), drift.sizes)
+    drift = drift.noted(0, compared(y, state), compared(y0, state0), drift.sizes)
     return (of_y, of_state), of_parameters, drift.errors
 
 
-def _round_trip(solver, y0, state0, args, terms, end, trail):
+def _round_trip(solver, compared, y0, state0, args, terms, end, trail):
     """The errors of reconstruction at the start and the anchors."""
     grid = trail.grid
 
     def back(carry):
         steps, (y, state), drift = carry
         y, state = solver.inverse(terms, grid.time(steps - 1), grid.time(steps), y, args, state)
-        y, state, drift = _at_anchor(solver, trail, steps - 1, y, state, drift)
+        y, state, drift = _at_anchor(compared, trail, steps - 1, y, state, drift)
         return steps - 1, (y, state), drift
 
-    _, found, drift = jax.lax.while_loop(lambda c: c[0] > 0, back, (trail.steps, end, _no_drift(solver, trail, *end)))
-    return drift.noted(0, solver.compared(*found), solver.compared(y0, state0), drift.sizes).errors
+    _, found, drift = jax.lax.while_loop(lambda c: c[0] > 0, back, (trail.steps, end, _no_drift(trail, *end)))
+    return drift.noted(0, compared(*found), compared(y0, state0), drift.sizes).errors
 
 
-def _no_drift(solver, trail, y, state) -> Drift:
+def _no_drift(trail, y, state) -> Drift:
     return Drift(jnp.zeros(len(trail.at) + 1, precision(y)), trail.sizes)
 
 
-def _at_anchor(solver, trail, steps, y, state, drift):
-    return compare(solver, trail.kept, trail.at, steps, y, state, drift) if len(trail.at) else (y, state, drift)
+def _at_anchor(compared, trail, steps, y, state, drift):
+    return compare(compared, trail.kept, trail.at, steps, y, state, drift) if len(trail.at) else (y, state, drift)
 
 
 def _tolerance(adjoint, y):

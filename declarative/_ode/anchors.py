@@ -25,10 +25,28 @@ class AnchoredState(eqx.Module):
     at: Int[Array, " anchors"]  # after how many steps each was kept; -1: never
 
 
+class Compared(eqx.Module):
+    """What of a reconstructed (y, state) is compared with what was kept, leaf by leaf.
+
+    Not the leaves of y that no field reads (an integral carried along, a log-determinant) where a step is linear but for the field: no
+    derivative depends on their values, and one that comes back to zero would be all rounding.
+    """
+
+    solver: Any  # an AbstractReversibleSolver
+    read: tuple[bool, ...] = eqx.field(static=True)  # by leaf of y
+
+    def __call__(self, y: PyTree, state: PyTree) -> list[Array]:
+        parts = self.solver.compared(y, state)
+        if not self.solver.linear_but_for_field:
+            return jtu.tree_leaves(parts)
+        return [leaf for part in parts for leaf, read in zip(jtu.tree_leaves(part), self.read, strict=True) if read]
+
+
 class Anchored(dfx.AbstractWrappedSolver):
     """`solver`, whose state also keeps (y, state) at the first step past each of `count` equally spaced times."""
 
     solver: dfx.AbstractSolver
+    compared: Compared
     t0: Array
     t1: Array
     order_of_error: Any  # of the terms as the user gave them: whether they hold noise does not show in traced ones
@@ -83,8 +101,7 @@ class Anchored(dfx.AbstractWrappedSolver):
     def _sizes(self, y, state) -> list:
         if self.count < 0:
             return []
-        compared = self.solver.compared(y, state)  # pyright: ignore[reportAttributeAccessIssue]  (an AbstractReversibleSolver)
-        return [largest(leaf).astype(precision(y)) for leaf in jtu.tree_leaves(compared)]
+        return [largest(leaf).astype(precision(y)) for leaf in self.compared(y, state)]
 
     def _passed(self, t):
         """How many of the times were passed by t; count + 1 at the end, where nothing needs to be kept."""
@@ -101,15 +118,15 @@ class Drift(eqx.Module):
     # error that matters. Of all steps of the stretch, not of its ends alone: an integral that starts at zero may come back to it.
     sizes: list[Float[Array, ""]]
 
-    def noted(self, place, found: PyTree, kept: PyTree, sizes: list) -> "Drift":
+    def noted(self, place, found: list[Array], kept: list[Array], sizes: list) -> "Drift":
         """With the largest error of a leaf, relative to its size; `sizes` are those of the next stretch."""
         errors = []
-        for new, old, size in zip(*map(jtu.tree_leaves, (found, kept)), self.sizes, strict=True):
+        for new, old, size in zip(found, kept, self.sizes, strict=True):
             errors.append((largest(new - old) / jnp.where(size > 0, size, 1)).astype(self.errors.dtype))
         return Drift(self.errors.at[place].set(largest(errors)), sizes)
 
 
-def compare(solver, kept, at, steps, y, state, drift: Drift):
+def compare(compared: Compared, kept, at, steps, y, state, drift: Drift):
     """At an anchor: go on from what was kept, and note how far off it was."""
     here = at == steps
     arrived = jnp.any(here)
@@ -117,7 +134,7 @@ def compare(solver, kept, at, steps, y, state, drift: Drift):
     def restart(y, state, drift):
         index = jnp.argmax(here)
         old_y, old_state, sizes = jtu.tree_map(lambda room: room[index], kept)
-        noted = drift.noted(index + 1, solver.compared(y, state), solver.compared(old_y, old_state), sizes)
+        noted = drift.noted(index + 1, compared(y, state), compared(old_y, old_state), sizes)
         choose = lambda new, old: jnp.where(arrived, new, old)
         return jtu.tree_map(choose, (old_y, old_state, noted), (y, state, drift))
 

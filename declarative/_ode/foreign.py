@@ -71,6 +71,8 @@ class _ReversibleHeun(_Foreign):
     whole cotangent of $\hat z$, and none is left for f. Otherwise the general way takes two.
     """
 
+    linear_but_for_field: ClassVar = True
+
     def inverse(self, terms, t0, t1, y1, args, state1):
         control = terms.contr(t0, t1)
         z1, f1 = state1

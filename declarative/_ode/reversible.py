@@ -66,6 +66,10 @@ class AbstractReversibleSolver(dfx.AbstractSolver):
     evaluation at the end of a step is the one at the start of the next.
     """
 
+    linear_but_for_field: ClassVar[bool] = False
+    """Whether a step is linear in (y, state) but for evaluations of the field, and what is `compared` is a tuple of trees like y: leaves
+    that no field reads are then not compared."""
+
     @abc.abstractmethod
     def inverse(self, terms, t0, t1, y1, args, state1) -> tuple[PyTree, PyTree]:
         """`(y0, state0)`, such that `step(terms, t0, t1, y0, args, state0, made_jump=False)` gives `y1` and `state1`."""
@@ -180,6 +184,7 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         self.coupling = coupling if coupling == "auto" else float(coupling)
 
     term_structure: ClassVar = dfx.AbstractTerm
+    linear_but_for_field: ClassVar = True
     scan_kind: ClassVar = "unrolled"  # diffrax asks whatever passes for a Runge-Kutta solver, as wrappers of one do
 
     @property
@@ -381,6 +386,7 @@ class AsynchronousLeapfrog(AbstractReversibleSolver, dfx.AbstractAdaptiveSolver)
 
     term_structure: ClassVar = dfx.AbstractTerm
     interpolation_cls: ClassVar = dfx.LocalLinearInterpolation
+    linear_but_for_field: ClassVar = True
 
     def order(self, terms):
         return 2 if self.damping == 1 else 1
