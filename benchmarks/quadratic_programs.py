@@ -13,7 +13,7 @@ is given up, and the table says so), and they take turns: compare the ratios of 
 Errors: one relative error per problem over all data gradients together, against the exact derivative of the active set in NumPy
 and float64, on the data as rounded to the dtype; median and maximum over the problems that are not answered by NaN (ours are, where the
 solve is flagged), whose number is shown. qpax differentiates a relaxed problem by
-design, and cvxpylayers runs at its default tolerance.
+design, and cvxpylayers runs at its default tolerance. On a GPU: JAX's and qpth run there, ProxQP and cvxpylayers on the CPU.
 """
 
 # The peers may be absent where types are checked.
@@ -25,6 +25,7 @@ import importlib.util
 import itertools
 import json
 import multiprocessing as mp
+import os
 import pathlib
 import statistics
 import sys
@@ -88,7 +89,7 @@ def data(case: Case) -> dict[str, np.ndarray]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Contenders: each returns a function that solves and differentiates once, as (solution, {block: gradient}) in NumPy
+# Contenders: each returns a function that solves and differentiates once: (solution, {block: gradient})
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -108,22 +109,25 @@ def in_jax(solve, blocks: dict[str, np.ndarray], case: Case):
 
     def run():
         z, grads = jax.block_until_ready(both(*arrays))
-        return np.asarray(z), dict(zip(names, map(np.asarray, grads), strict=True))
+        return z, dict(zip(names, grads, strict=True))
 
     return run
 
 
-def in_torch(solve, blocks: dict[str, np.ndarray], case: Case):
+def in_torch(solve, blocks: dict[str, np.ndarray], case: Case, device: str = "cpu"):
     import torch
 
     names = [name for name in BLOCKS if case.equations or name not in ("A", "b")]
-    cotangent = torch.tensor(blocks["cotangent"])
+    tensors = {name: torch.tensor(blocks[name], device=device) for name in names}
+    cotangent = torch.tensor(blocks["cotangent"], device=device)
 
     def run():
-        leaves = {name: torch.tensor(blocks[name], requires_grad=True) for name in names}
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
         z = solve(**leaves)
         z.backward(cotangent)
-        return z.detach().numpy(), {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return z.detach(), {name: leaf.grad for name, leaf in leaves.items()}
 
     return run
 
@@ -168,7 +172,10 @@ def prepare(method: str, blocks: dict[str, np.ndarray], case: Case):
         return in_jax(solve, blocks, case)
     import torch
 
-    empty = lambda like: (torch.zeros(case.batch, 0, n, dtype=like.dtype), torch.zeros(case.batch, 0, dtype=like.dtype))
+    def empty(like):
+        options = {"dtype": like.dtype, "device": like.device}
+        return torch.zeros(case.batch, 0, n, **options), torch.zeros(case.batch, 0, **options)
+
     if method == "qpth":
         from qpth.qp import QPFunction
 
@@ -178,7 +185,7 @@ def prepare(method: str, blocks: dict[str, np.ndarray], case: Case):
             A, b = empty(q) if A is None else (A, b)
             return function(Q, q, G, h, A, b)
 
-        return in_torch(solve, blocks, case)
+        return in_torch(solve, blocks, case, "cuda" if torch.cuda.is_available() else "cpu")
     if method == "ProxQP":
         from proxsuite.torch.qplayer import QPFunction
 
@@ -220,8 +227,10 @@ def work(connection, method: str, case: Case):
             jax.config.update("jax_enable_x64", True)
         start = time.perf_counter()
         run = prepare(method, data(case), case)
-        answer = run()
-        connection.send((time.perf_counter() - start, answer))
+        z, grads = run()
+        seconds = time.perf_counter() - start
+        host = lambda array: np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+        connection.send((seconds, (host(z), {name: host(grad) for name, grad in grads.items()})))
         while connection.recv() is not None:
             # A turn is a few runs where they are short: waking up is not what is measured.
             seconds = []
@@ -422,6 +431,8 @@ def main() -> int:
         assert all(len(size) == 2 and min(size) >= 1 for size in sizes)
     except (ValueError, AssertionError):
         parser.error(f"--sizes: expected BATCHxN, like 128x100, got {' '.join(arguments.sizes or ())}")
+    # On a GPU every contender's process needs its share of the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if arguments.quick:
         sizes, arguments.dtypes, arguments.equations, arguments.rounds = (
             ((128, 10), (128, 100)),

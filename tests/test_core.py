@@ -1,5 +1,7 @@
 """The implicit function theorem as wired in the core: orders, modes, inputs of every kind."""
 
+import contextlib
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -381,3 +383,22 @@ def test_composition_in_scan_and_in_each_other():
     x, h = 0.7, 1e-6
     difference = (chained(x + h) - chained(x - h)) / (2 * h)
     np.testing.assert_allclose(float(jax.jit(jax.grad(chained))(x)), float(difference), rtol=1e-7)
+
+
+@pytest.mark.parametrize("chosen", [None, "tensorfloat32"])
+def test_products_have_the_precision_of_their_dtype(chosen):
+    # Of which a CPU shows nothing: a GPU would round the factors of float32 products to ten bits.
+    ones = jnp.ones(3, jnp.float32)
+    solves = (
+        lambda w: jnp.sum(dn.Root(lambda y, x: y - jnp.tanh(w @ y + x))(ones, y0=ones)),
+        lambda w: jnp.sum(dn.QuadraticProgram()(jnp.eye(3, dtype=jnp.float32), ones, G=w, h=ones)),
+        lambda w: jnp.sum(dn.NeuralODE(lambda t, y, args: jnp.tanh(w @ y), steps=2)(ones)),
+    )
+    for solve in solves:
+        with jax.default_matmul_precision(chosen) if chosen else contextlib.nullcontext():
+            text = str(jax.make_jaxpr(jax.jit(jax.grad(jax.jit(solve))))(jnp.full((3, 3), 0.1, jnp.float32)))
+        products = [eqn.split("\n")[2] for eqn in text.split("dot_general")[1:]]
+        own = [eqn for eqn in products if "HIGHEST" not in eqn]
+        assert len(products) > 3
+        assert bool(own) == (chosen is not None), own
+        assert all("HIGH" in eqn for eqn in own)  # how JAX calls TF32

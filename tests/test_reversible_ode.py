@@ -505,9 +505,9 @@ def test_the_guard_skips_what_no_field_reads(solver):
     def loss(p, adjoint, fn=lambda t, y, args: y):
         saveat = dfx.SaveAt(t1=True, fn=fn)
         y0 = jnp.array([0.3, -0.8]), jnp.zeros(())
-        x, volume = dfx.diffeqsolve(
-            dfx.ODETerm(field), solver, 0.0, 1.0, 0.02, y0, p, saveat=saveat, adjoint=adjoint
-        ).ys
+        ys = dfx.diffeqsolve(dfx.ODETerm(field), solver, 0.0, 1.0, 0.02, y0, p, saveat=saveat, adjoint=adjoint).ys
+        assert ys is not None
+        x, volume = ys
         return jnp.sum(x**2) + jnp.sum(volume)
 
     nan = dn.ReversibleAdjoint(on_drift="nan")

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from .._linear.norms import largest
 from .implicit import norm, typical_scale
 from .node import AbstractDeclarativeNode, Solution, bound_inputs
+from .precision import full_precision
 from .tolerances import tolerances
 
 _DENSE = 500
@@ -98,6 +99,7 @@ class ConditionsReport(eqx.Module):
         )
 
 
+@full_precision()
 def conditions(node: AbstractDeclarativeNode, solution: Solution, x: PyTree) -> ConditionsReport:
     """Checks the conditions of the implicit function theorem for `node` at `solution`, with the data `x` that it was solved for.
 

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._linear.norms import largest, maximum
 from . import health
 from .failure import raise_failures
+from .precision import full_precision
 from .results import RESULTS
 from .tolerances import tolerances, zero_tolerance
 
@@ -212,6 +213,7 @@ def implicit_solution(inputs: PyTree, probe: Float[Array, " fields"], *, problem
 
 
 @implicit_solution.def_jvp
+@full_precision()
 def _implicit_solution_jvp(primals, tangents, *, problem: Problem):
     inputs, probe = primals
     t_inputs, t_probe = tangents

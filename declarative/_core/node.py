@@ -34,6 +34,7 @@ from .implicit import (
     norm,
     select,
 )
+from .precision import full_precision
 from .results import RESULTS
 
 
@@ -225,9 +226,10 @@ class AbstractDeclarativeNode(eqx.Module):
 
 def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyTree:
     """`node(x)`: for nodes that give `__call__` a friendlier signature."""
-    inputs, probe = _inputs_and_probe(node, x, y0)
-    with health.unobserved():
-        value, code = _evaluate(inputs, probe)
+    with full_precision():
+        inputs, probe = _inputs_and_probe(node, x, y0)
+        with health.unobserved():
+            value, code = _evaluate(inputs, probe)
     if node.policy.throw:
         code = raise_failures(code, type(node).__name__)
         if isinstance(code, jax.core.Tracer):
@@ -237,9 +239,10 @@ def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyT
 
 
 def _solution(node, x, y0) -> Solution:
-    inputs, probe = _inputs_and_probe(node, x, y0)
-    with health.unobserved():
-        out = _solve(inputs, probe)
+    with full_precision():
+        inputs, probe = _inputs_and_probe(node, x, y0)
+        with health.unobserved():
+            out = _solve(inputs, probe)
     unknown, value, dual, objective = _as_given((out.unknown, out.value, out.dual, out.objective), x)
     return Solution(unknown, value, dual, objective, out.result, out.stats)
 
