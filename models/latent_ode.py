@@ -5,7 +5,7 @@ Shapes of one example: times `(n,)`, ascending in [0, 1]; values and mask `(n, c
 
 - `latent_ode`: a GRU reads the observed values backwards in time and gives a Gaussian over $z_0$; $\dot z = f(z)$ moves it from t = 0
   through all times (`SaveAt(ts)`), and an MLP reads predictions off. The same $z_0$ explains the whole series.
-- `gru`: one GRU from each side, fed values, mask and time gap; the prediction at a time uses the state just before it from either side
+- `gru`: one GRU from each side, fed values, mask, time and time gap; the prediction at a time uses the state just before it from either side
   and the gaps to the last values that they read, never the value itself. Its KL term is 0.
 
 Solver: `Reversible(Heun())` with `ReversibleAdjoint` (reversible Heun is unstable where solutions decay). Parameters and times are
@@ -37,7 +37,7 @@ class LatentODEConfig:
     """State of the GRU, and hidden units of every MLP."""
     steps: int = 32
     """Steps of the solver over [0, 1]."""
-    speed: float = 5.0
+    speed: float = 15.0
     """Factor of the field: how many natural time units pass in [0, 1]."""
 
 
@@ -54,7 +54,8 @@ def _gaps(times: Float[Array, " n"], seen: Float[Array, " n"], reverse: bool) ->
 def _read(cell, times, values, mask, reverse: bool) -> Float[Array, "n+1 hidden"]:
     """States of the GRU in the order of its reading, the first before anything; unchanged by times at which nothing is seen."""
     seen = jnp.max(mask, axis=1)
-    inputs = jnp.concatenate([values * mask, mask, _gaps(times, seen, reverse)[:, None]], axis=1)
+    when = jnp.stack([times, _gaps(times, seen, reverse)], axis=1)
+    inputs = jnp.concatenate([values * mask, mask, when], axis=1)
     if reverse:
         inputs, seen = inputs[::-1], seen[::-1]
 
@@ -85,7 +86,7 @@ class LatentODE(eqx.Module):
     def __init__(self, config: LatentODEConfig, *, key: PRNGKeyArray):
         keys = jr.split(key, 4)
         c, z, h = config.channels, config.latent, config.hidden
-        self.cell = eqx.nn.GRUCell(2 * c + 1, h, key=keys[0], dtype=jnp.float32)
+        self.cell = eqx.nn.GRUCell(2 * c + 2, h, key=keys[0], dtype=jnp.float32)
         self.posterior = eqx.nn.Linear(h, 2 * z, key=keys[1], dtype=jnp.float32)
         field = Field(eqx.nn.MLP(z, z, h, 2, activation=jnp.tanh, key=keys[2], dtype=jnp.float32), config.speed)
         self.ode = dn.NeuralODE(field, dn.Reversible(dfx.Heun()), steps=config.steps, throw=False)
@@ -119,8 +120,8 @@ class BidirectionalGRU(eqx.Module):
 
     def __init__(self, config: LatentODEConfig, *, key: PRNGKeyArray):
         keys, c, h = jr.split(key, 3), config.channels, config.hidden
-        self.forwards = eqx.nn.GRUCell(2 * c + 1, h, key=keys[0], dtype=jnp.float32)
-        self.backwards = eqx.nn.GRUCell(2 * c + 1, h, key=keys[1], dtype=jnp.float32)
+        self.forwards = eqx.nn.GRUCell(2 * c + 2, h, key=keys[0], dtype=jnp.float32)
+        self.backwards = eqx.nn.GRUCell(2 * c + 2, h, key=keys[1], dtype=jnp.float32)
         self.decoder = eqx.nn.MLP(2 * h + 2, c, h, 2, activation=jnp.tanh, key=keys[2], dtype=jnp.float32)
 
     def __call__(
