@@ -233,6 +233,9 @@ def test_misuse_is_named(getkey):
         short = dn.ReversibleSequence(lambda key, block=block: block, 2, key=getkey())
         with pytest.raises(ValueError, match="must return the shape"):
             short((jnp.ones(3), jnp.ones(3)))
+    wide = dn.ReversibleBlock(lambda x: x.astype(jnp.float32), jnp.tanh)
+    with pytest.raises(ValueError, match="cast the input to float32, or the module to bfloat16"):
+        dn.ReversibleSequence(lambda key: wide, 2, key=getkey())((jnp.ones(3, jnp.bfloat16),) * 2)
     zero = jtu.tree_map(jnp.zeros_like, pair(getkey()))
     assert jnp.isfinite(ours.round_trip(zero))
 
