@@ -28,6 +28,16 @@ from ._nodes.generic.argmin import Argmin as Argmin
 from ._nodes.generic.fixed_point import FixedPoint as FixedPoint
 from ._nodes.generic.function import implicit as implicit
 from ._nodes.generic.root import Root as Root
+from ._nodes.inference.elbo import ELBO as ELBO
+from ._nodes.inference.elbo import ELBOOptimizer as ELBOOptimizer
+from ._nodes.inference.elbo import Evidence as Evidence
+from ._nodes.inference.elbo import GradientSteps as GradientSteps
+from ._nodes.inference.elbo import Inference as Inference
+from ._nodes.inference.families import AbstractFamily as AbstractFamily
+from ._nodes.inference.families import CholeskyParameters as CholeskyParameters
+from ._nodes.inference.families import DiagonalGaussian as DiagonalGaussian
+from ._nodes.inference.families import FullGaussian as FullGaussian
+from ._nodes.inference.families import GaussianParameters as GaussianParameters
 from ._nodes.maps.entmax import Entmax as Entmax
 from ._nodes.maps.simplex import Scores as Scores
 from ._nodes.maps.softmax import Softmax as Softmax

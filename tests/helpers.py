@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffrax as dfx
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -81,6 +82,41 @@ def flow_reference(x, steps):
     return y
 
 
+def linear_elbo(parameters, x):
+    """The ELBO, without sampling, of z ~ N(0, I), x | z ~ N(Wz, I / 2), for a diagonal Gaussian."""
+    misfit = jnp.sum((x["x"] - x["W"] @ parameters.mean) ** 2)
+    spread = jnp.sum(x["W"] ** 2, axis=0) @ jnp.exp(2 * parameters.log_scale)
+    family = dn.DiagonalGaussian()
+    return (
+        -misfit - spread - len(x["x"]) / 2 * np.log(np.pi) - family.divergence(parameters, family.standard(parameters))
+    )
+
+
+def linear_inference(rho, moreau):
+    """What `ELBOOptimizer` makes of `linear_elbo`, in NumPy: a linear system for the mean, bisection for each scale."""
+
+    def reference(evidence):
+        observed, W = (np.asarray(evidence.x[name], np.float64) for name in ("x", "W"))
+        mean0, s0 = (np.asarray(leaf, np.float64) for leaf in (evidence.start.mean, evidence.start.log_scale))
+        metric = rho * np.exp(-2 * s0)
+        mean = np.linalg.solve(2 * W.T @ W + np.eye(s0.size) + np.diag(metric), 2 * W.T @ observed + metric * mean0)
+        precision = 2 * np.sum(W**2, axis=0) + 1
+        low, high = np.full_like(s0, -10.0), np.full_like(s0, 10.0)
+        for _ in range(200):
+            s = (low + high) / 2
+            rising = precision * np.exp(2 * s) - 1 + 2 * rho * (s - s0) > 0
+            low, high = np.where(rising, low, s), np.where(rising, s, high)
+        elbo = (
+            -np.sum((observed - W @ mean) ** 2) - precision @ np.exp(2 * s) / 2 - np.sum(mean**2) / 2 + np.sum(s + 0.5)
+        )
+        elbo -= observed.size / 2 * np.log(np.pi)
+        distance = np.sum((mean - mean0) ** 2 * np.exp(-2 * s0)) / 2 + np.sum((s - s0) ** 2)
+        found = dn.GaussianParameters(jnp.asarray(mean), jnp.asarray(s))
+        return dn.Inference(found, jnp.asarray(elbo), jnp.asarray(-elbo + moreau * rho * distance))
+
+    return reference
+
+
 def simplex_reference(alpha):
     """Bisection on the multiplier in NumPy, 200 halvings: slow, independent, and right."""
 
@@ -112,6 +148,10 @@ def on_simplex(p, x):
 
 
 SCORED = dn.Scores(SCORES, MASK)
+EVIDENCE = dn.Evidence(
+    {"x": jnp.array([0.9, -0.4, 0.3]), "W": jr.normal(jr.key(2), (3, 2))},
+    dn.GaussianParameters(jnp.array([0.5, -1.0]), jnp.array([-0.3, 0.2])),
+)
 INFINITE = dn.Scores(jnp.array([jnp.nan, 0.0, 1.0, 0.0, 2.0]))
 
 ROWS = [
@@ -189,6 +229,16 @@ ROWS = [
         dn.InitialValue(jnp.array([0.3, -0.5, 0.8, 0.1]), WEIGHT),
         reference=lambda x: flow_reference(x, 60),
         adjoints=(None, dfx.DirectAdjoint(), dfx.RecursiveCheckpointAdjoint(), dfx.ForwardMode(), dn.UnrolledAdjoint()),
+    ),
+    *(
+        Row(
+            f"elbo-{mode}",
+            lambda mode=mode, **kw: dn.ELBOOptimizer(linear_elbo, mode, family=dn.DiagonalGaussian(), rho=0.7, **kw),
+            EVIDENCE,
+            reference=linear_inference(0.0 if mode == "implicit" else 0.7, mode == "moreau"),
+            failures={"nonfinite_data": eqx.tree_at(lambda e: e.x["x"], EVIDENCE, jnp.full(3, jnp.nan))},
+        )
+        for mode in ("implicit", "proximal", "moreau")
     ),
     Row(
         "quadratic-program",

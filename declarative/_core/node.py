@@ -272,7 +272,11 @@ def _evaluate(inputs, probe):
     node, x, _ = inputs
     policy = node.policy
     point = _differentiable_point(inputs, probe, policy.throw, measured=False)
-    value, code = node.value(point.unknown, x), point.code
+    code = point.code
+    if policy.fill == "zero" and not policy.throw:
+        # What `value` reads of the data directly: a zero cotangent times a NaN in there is NaN.
+        node, x = select(code == 0, (node, x), detach)
+    value = node.value(point.unknown, x)
     if policy.throw:
         return value, code
     if policy.fill == "zero":
