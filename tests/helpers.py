@@ -101,11 +101,11 @@ def linear_inference(rho, moreau):
         metric = rho * np.exp(-2 * s0)
         mean = np.linalg.solve(2 * W.T @ W + np.eye(s0.size) + np.diag(metric), 2 * W.T @ observed + metric * mean0)
         precision = 2 * np.sum(W**2, axis=0) + 1
-        low, high = np.full_like(s0, -10.0), np.full_like(s0, 10.0)
+        low, s, high = np.full_like(s0, -10.0), np.zeros_like(s0), np.full_like(s0, 10.0)
         for _ in range(200):
-            s = (low + high) / 2
             rising = precision * np.exp(2 * s) - 1 + 2 * rho * (s - s0) > 0
             low, high = np.where(rising, low, s), np.where(rising, s, high)
+            s = (low + high) / 2
         elbo = (
             -np.sum((observed - W @ mean) ** 2) - precision @ np.exp(2 * s) / 2 - np.sum(mean**2) / 2 + np.sum(s + 0.5)
         )

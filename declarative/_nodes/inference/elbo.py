@@ -185,6 +185,8 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     - `adjoint`: how gradients flow through $\lambda^*$; None: `ImplicitAdjoint()`. With `ImplicitAdjoint(lineax.CG(...))` no matrix is built.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
+    **Smoothness:** the ELBO must be C2 in the parameters: a decoder with tanh, softplus or silu, not ReLU, whose kinks hold many minima, at which no
+    gradient vanishes (the default solver then reports that it has no solution; `GradientSteps` does not ask).
     **Raises:** `ValueError` for an unknown mode and for options that a mode has no use for; `SolveError` where no minimum is found.
     """
 
