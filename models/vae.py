@@ -4,9 +4,9 @@ Shapes of one example: `x (size,)`, float32. z ~ N(0, I) with `latent` entries, 
 
 $$ x \mid z \sim N(\mu(z), \gamma I), \qquad q(z \mid x) = N(\mu_q, \mathrm{diag}\,\sigma_q^2). $$
 
-$\mu$ is an MLP, or affine: then the model is probabilistic PCA, and its best log-likelihood is known (`pca_log_likelihood`). Given the rest, the best
-$\gamma$ is the mean squared misfit, $\gamma = \tfrac{1}{nd}\sum \mathbb E_q\|x - \mu(z)\|^2$ (`misfit`); it needs a floor, since a model that can
-reproduce its data makes the density of x unbounded as $\gamma \to 0$.
+$\mu$ is an MLP, or affine: then the model is probabilistic PCA, and its best log-likelihood is known (`pca_log_likelihood`). $\log\gamma$ is a
+parameter. Given the rest, the best $\gamma$ is the mean squared misfit, $\gamma = \tfrac{1}{nd}\sum \mathbb E_q\|x - \mu(z)\|^2$ (`misfit`). It needs
+a floor, since a model that can reproduce its data makes the density of x unbounded as $\gamma \to 0$.
 
 References: Dai, Wang & Wipf 2019, *The usual suspects? Reassessing blame for VAE posterior collapse*, arXiv:1912.10702, Eq. 3, 4 and 10; Tipping &
 Bishop 1999, *Probabilistic principal component analysis*.
@@ -33,11 +33,14 @@ class VAEConfig:
     """Hidden units of each layer of the encoder and, unless it is affine, the decoder."""
     layers: int = 1
     affine: bool = False
+    gamma: float = 0.1
+    """At the start."""
 
 
 class VAE(eqx.Module):
     encoder: eqx.nn.MLP
     decoder: eqx.nn.MLP | eqx.nn.Linear
+    log_gamma: Float[Array, ""]
 
     def __init__(self, config: VAEConfig, *, key: PRNGKeyArray):
         keys = jr.split(key)
@@ -46,6 +49,7 @@ class VAE(eqx.Module):
         self.encoder = eqx.nn.MLP(d, 2 * k, h, n, key=keys[0], **options)
         affine = eqx.nn.Linear(k, d, key=keys[1], dtype=jnp.float32)
         self.decoder = affine if config.affine else eqx.nn.MLP(k, d, h, n, key=keys[1], **options)
+        self.log_gamma = jnp.asarray(np.log(config.gamma), jnp.float32)
 
     def propose(self, x: Float[Array, " size"]) -> dn.GaussianParameters:
         """The encoder's variational parameters."""
