@@ -287,9 +287,55 @@ def test_an_answer_that_is_not_one_raises():
     unbounded = dn.ELBOOptimizer(lambda p, x: jnp.sum(p.mean**2), "svi", max_steps=50)
     with pytest.raises(dn.SolveError):
         unbounded(X, START)
+    with pytest.raises(dn.SolveError):  # log of a negative number
+        dn.ELBOOptimizer(lambda p, x: jnp.log(-1 - jnp.sum(p.mean**2)), "amortised")(X, START)
     # Diverging steps end in NaN, not in a number.
     with pytest.raises(dn.SolveError):
         losses("unrolled", solver=dn.GradientSteps(500, 1e3))
+
+
+@pytest.mark.parametrize("mode", ["amortised", "unrolled", "moreau"])
+def test_a_failed_lane_leaves_shared_weights_alone(mode):
+    x = jnp.stack([X, X.at[0].set(jnp.inf), -X])
+    starts = jtu.tree_map(lambda leaf: jnp.stack([leaf] * 3), START)
+    arrays, static = eqx.partition(DECODER, eqx.is_array)
+
+    def losses(arrays):
+        elbo = dn.ELBO(eqx.combine(arrays, static), FAMILY, samples=4)
+        node = dn.ELBOOptimizer(elbo, mode, throw=False, on_failure="zero")
+        called = jax.vmap(lambda x, s: node(x, s, key=KEY).loss)(x, starts)
+        solved = jax.vmap(lambda x, s: node.solve(dn.Evidence(x, s, KEY)))(x, starts)
+        good = solved.result == dn.RESULTS.successful
+        assert solved.objective is not None
+        return called, jnp.where(good, solved.value.loss, 0), jnp.where(good, solved.objective, 0), good
+
+    called, solved, _, good = jax.jit(losses)(arrays)
+    assert jnp.all(good == jnp.array([True, False, True]))
+    assert called[1] == 0
+    tree_close(called, solved, 1e-12)
+    for part in range(3):
+        gradient = jax.jit(jax.grad(lambda arrays, part=part: jnp.sum(losses(arrays)[part])))(arrays)
+        assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(gradient))
+
+
+@pytest.mark.parametrize("mode", ["amortised", "unrolled", "implicit", "moreau"])
+def test_the_objective_of_a_solution_has_its_gradient(mode):
+    solver = dn.GradientSteps(2, 0.05) if mode == "unrolled" else None
+    node = dn.ELBOOptimizer(dn.ELBO(DECODER, FAMILY, samples=4), mode, solver=solver)
+    objective = jax.grad(lambda start: node.solve(dn.Evidence(X, start, KEY)).objective)(START)
+    tree_close(objective, jax.grad(lambda start: node(X, start, key=KEY).loss)(START), 1e-9)
+
+
+def test_events_must_be_whole():
+    # The mean over dimensions of what should be a sum is a number, and a wrong one.
+    import numpyro.distributions as dist
+
+    silent = lambda z, x: jnp.zeros(())
+    for prior in (dist.Normal(jnp.zeros(2), 2.0), dist.Normal(0.0, 2.0)):
+        with pytest.raises(ValueError, match=r"to_event"):
+            dn.ELBO(silent, FAMILY, prior, samples=4)(START, X, KEY)
+    with pytest.raises(ValueError, match="log_likelihood must return a scalar"):
+        dn.ELBO(lambda z, x: -((x - z.sum()) ** 2), FAMILY)(START, X, KEY)
 
 
 def test_solvers_of_every_kind_agree():
@@ -304,6 +350,8 @@ def test_solvers_of_every_kind_agree():
         ({"mode": "elbo"}, "mode must be one of"),
         ({"rho": 0.0}, "rho must be positive"),
         ({"direction": "up"}, "direction must be"),
+        ({"rho": np.float32(-1)}, "rho must be positive"),
+        ({"rho": np.ones(2)}, "array of shape"),
         ({"mode": "kl"}, "needs the divergence of a family"),
         ({"mode": "unrolled", "solver": optx.BFGS(1e-6, 1e-6)}, "pass solver=GradientSteps"),
         ({"mode": "reversible", "solver": dn.GradientSteps(5, momentum=0.0)}, "momentum of at least 1/32"),
@@ -326,7 +374,25 @@ def test_misuse_at_the_call_is_named():
         node.solve(EVIDENCE.x)
     with pytest.raises(ValueError, match="must return a floating scalar"):
         dn.ELBOOptimizer(lambda p, x: p.mean)(X, START)
-    for name, value in (("steps", 0), ("momentum", 1.0), ("max_norm", 0.0)):
+    for start, options, message in (
+        (START, {}, "pass key="),
+        (START, {"key": 0}, "key must be one PRNG key"),
+        (START, {"key": jr.split(KEY)}, "key must be one PRNG key"),
+        (
+            eqx.tree_at(lambda s: s.mean, START, START.mean.astype(jnp.float32)),
+            {"key": KEY},
+            "start must have one dtype",
+        ),
+    ):
+        with pytest.raises((ValueError, TypeCheckError), match=f"{message}|parameter 'key'"):
+            dn.ELBOOptimizer(dn.ELBO(DECODER, FAMILY))(X, start, **options)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="leave the key away"):
+        node(EVIDENCE.x, EVIDENCE.start, key=KEY)
+    with pytest.raises(ValueError, match="no digits left"):
+        dn.ELBOOptimizer(linear_elbo, rho=1e6)(*jax.tree.map(jnp.float32, (EVIDENCE.x, EVIDENCE.start)))
+    with pytest.raises((ValueError, TypeCheckError), match="one shape|parameter 'log_scale'"):
+        dn.GaussianParameters(jnp.zeros(2), jnp.zeros(()))
+    for name, value in (("steps", 0), ("learning_rate", -1.0), ("momentum", 1.0), ("max_norm", 0.0)):
         with pytest.raises(ValueError, match=f"{name} must"):
             dn.GradientSteps(**{name: value})  # pyright: ignore[reportArgumentType]  (wrong on purpose)
     for name, value in (("samples", 0), ("family", None), ("log_likelihood", 3)):

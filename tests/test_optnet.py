@@ -13,6 +13,7 @@ from train.loop.puzzles import full_grids, make_puzzles, solutions
 from train.sudoku import DEFAULTS, Config
 
 
+@pytest.mark.slow
 def test_feasible_by_construction_and_learnable(getkey):
     layer = dn.OptNet(5, 2, 3, key=getkey(), nonnegative=True)
     # Whatever the parameters are.

@@ -197,6 +197,7 @@ def test_a_previous_solution_starts_the_next():
     assert int(fresh.result._value[0]) == 0
 
 
+@pytest.mark.slow
 def test_a_bad_lane_leaves_its_neighbours_bit_identical():
     programs = [program(seed, n=4, m=3, p=1) for seed in range(4)]
     clean = batch(*programs)
@@ -382,6 +383,7 @@ def test_a_slow_start_is_not_given_up():
     assert solution.stats["residual"] < 1e-12
 
 
+@pytest.mark.slow
 def test_what_a_batch_shares_stays_shared(getkey):
     n, p, batch = 30, 24, 32
     keys = jr.split(getkey(), 4)

@@ -517,6 +517,29 @@ def test_the_guard_skips_what_no_field_reads(solver):
     assert jnp.all(jnp.isnan(jax.grad(loss)(MATRIX, nan, lambda t, y, args: (y[0], jnp.sin(y[1])))))
 
 
+def test_the_guard_looks_at_what_a_learnt_control_multiplies():
+    # dy = y dX: the field returns y as it is, and the derivative in X is y.
+    class Control(dfx.AbstractPath):
+        rate: jax.Array
+        t0, t1 = -jnp.inf, jnp.inf  # pyright: ignore
+
+        def evaluate(self, t0, t1=None, left=True):
+            return -self.rate * (t0 if t1 is None else t1 - t0)
+
+    def loss(rate, adjoint):
+        term = dfx.ControlTerm(lambda t, y, args: y, Control(rate))
+        return jnp.sum(
+            dfx.diffeqsolve(
+                term, dn.Reversible(dfx.Heun(), 0.99), 0.0, 1.0, 1 / 2000, jnp.array(1.0), adjoint=adjoint,
+                max_steps=2005, saveat=dfx.SaveAt(ts=jnp.linspace(0, 1, 5)),
+            ).ys
+        )  # fmt: skip
+
+    adjoint = dn.ReversibleAdjoint(anchors=0, on_drift="nan")
+    assert jnp.isnan(jax.grad(loss)(jnp.array(80.0), adjoint))
+    assert abs(jax.grad(loss)(jnp.array(1.0), adjoint) / jax.grad(loss)(jnp.array(1.0), CHECKPOINT) - 1) < 1e-6
+
+
 def test_a_quadrature_has_nothing_to_compare():
     def loss(p, adjoint):
         term = dfx.ODETerm(lambda t, y, p: jnp.cos(p * t))

@@ -523,6 +523,7 @@ def test_eight_devices_equal_one(runs):
     assert_same_losses(runs[2], runs[0])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(runs, data, tmp_path):
     step = random.SystemRandom().randint(1, STEPS - 10)
     config, final = TINY | {"data": data, "out": tmp_path / "run"}, tmp_path / "final.npz"

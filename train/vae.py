@@ -5,10 +5,19 @@
     python -m train.vae --latent 2                with a picture of the latent plane
     python -m train.vae --gamma 0.02              a noise variance that stays as it is
 
-Hardware and time: 2 CPU cores, two minutes; 40 s for `amortised`.
+Hardware and time: 2 CPU cores, about a minute; half of that for `amortised`.
 Expect (seed 0, `--latent 8`), in nats an image of the 360 held-out ones:
 
-EXPECTED
+| mode      | ELBO at the proposal | after 20 steps | log p(x) | gamma  |
+|-----------|----------------------|----------------|----------|--------|
+| amortised | 17.69                | 19.75          | 20.24    | 0.0230 |
+| moreau    | 19.49                | 23.87          | 24.61    | 0.0190 |
+| proximal  | 17.30                | 23.97          | 24.83    | 0.0187 |
+| kl        | 19.82                | 24.92          | 25.63    | 0.0176 |
+| unrolled  | 0.59                 | 24.42          | 25.25    | 0.0181 |
+| svi       | -95.82               | 22.57          | 24.01    | 0.0215 |
+
+All eight latent variables are active in each. Over seeds 0 to 4 `moreau` is 4.5 nats above `amortised` in log p(x), 95 % interval 4.1 to 4.9.
 
 Scores are those of the weights of the last step, on images that nothing was fitted to. ELBOs take 64 samples an image. The importance-weighted
 log-likelihood takes 1000 from the refined proposal (20 steps from the encoder's), whatever the mode was, so that models are compared and not

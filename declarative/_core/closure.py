@@ -58,13 +58,13 @@ class Closed(eqx.Module):
         out = jax.extend.core.jaxpr_as_fun(closed)(*leaves)
         return jtu.tree_unflatten(self.trace.out_tree, out)
 
-    def read(self) -> PyTree[bool]:
+    def read(self, *, returned: bool) -> PyTree[bool]:
         """For each array among the arguments, whether the function computes something from it that it returns; True if in doubt.
 
-        False for what is ignored or returned as it is: no derivative depends on its value.
+        `returned`: what is to be said of an argument that is returned as it is.
         """
         jaxpr = self.trace.jaxpr
-        inputs = set(jaxpr.invars)
+        inputs = set() if returned else set(jaxpr.invars)
         computed = [atom for atom in jaxpr.outvars if _is_variable(atom) and atom not in inputs]
         return jtu.tree_unflatten(self.trace.in_tree, _read(jaxpr, computed))
 

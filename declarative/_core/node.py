@@ -294,6 +294,8 @@ def _evaluate(inputs, probe):
 def _solve(inputs, probe) -> Solution:
     node, x, _ = inputs
     point = _differentiable_point(inputs, probe, throw=False, measured=True)
+    if node.policy.fill == "zero":
+        node, x = select(point.ok, (node, x), detach)
     stats = {"steps": point.steps, "residual": detach(point.residual)}
     distance = node.kink_distance(*detach_tree((point.unknown, x)))
     if distance is not None:

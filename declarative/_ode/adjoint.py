@@ -144,7 +144,9 @@ def _read(terms, fns, y) -> tuple[bool, ...]:
     """Of the leaves of y, which ones the field reads, or a function of `SaveAt`; all, in a separable system."""
     if isinstance(terms, tuple):
         return tuple(True for _ in jtu.tree_leaves(y))
-    readers = [fn.read()[1] for fn in (terms.field, *fns) if fn is not None]
+    # What a field returns as it is is read all the same if it is multiplied by something that may be differentiated.
+    multiplied = any(map(eqx.is_inexact_array, (*terms.control.captured, *terms.product.captured)))
+    readers = [terms.field.read(returned=multiplied)[1], *(fn.read(returned=False)[1] for fn in fns if fn is not None)]
     return tuple(any(leaf) for leaf in zip(*map(jtu.tree_leaves, readers), strict=True))
 
 

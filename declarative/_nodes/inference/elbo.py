@@ -19,6 +19,7 @@ Moreau 1965, *Proximite et dualite dans un espace hilbertien* (the envelope). Th
 gradient answers a question that Chiu 2021, section 5, leaves open.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,10 +34,12 @@ from ..._core.adjoint import AbstractAdjoint
 from ..._core.closure import close
 from ..._core.implicit import Run, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
+from ..._core.results import RESULTS
+from ..._linear.norms import largest
 from ..._ode.trees import precision
 from ..._reversible.optimiser import ReversibleSGD
 from ..generic.argmin import Argmin
-from .families import AbstractFamily, divergence, half_squared, log_prob
+from .families import AbstractFamily, divergence, half_squared, log_prob, scalar
 
 Mode = Literal["amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl"]
 _MODES = ("amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl")
@@ -63,13 +66,19 @@ class ELBO(eqx.Module):
             raise ValueError(f"log_likelihood must be a function of (z, x), got {type(self.log_likelihood).__name__}.")
         if not isinstance(self.family, AbstractFamily):
             raise ValueError(f"family must be an AbstractFamily, got {type(self.family).__name__}.")
+        if self.prior is not None and not hasattr(self.prior, "log_prob"):
+            raise ValueError(f"prior must be a NumPyro distribution, got {self.prior!r}.")
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
             raise ValueError(f"samples must be a positive integer, got {self.samples!r}.")
 
     def __call__(self, parameters: PyTree, x: PyTree, key: PRNGKeyArray) -> Float[Array, ""]:
         z = self.family.sample(parameters, key, self.samples)
-        likelihood = jnp.mean(jax.vmap(lambda z: self.log_likelihood(z, x))(z))
+        likelihood = jnp.mean(jax.vmap(lambda z: self._likelihood(z, x))(z))
         return likelihood - self._divergence(parameters, z)
+
+    def _likelihood(self, z, x):
+        value = self.log_likelihood(z, x)
+        return scalar(value, "log_likelihood must return a scalar, the sum over all entries of x")
 
     def log_evidence(self, parameters: PyTree, x: PyTree, key: PRNGKeyArray, samples: int) -> Float[Array, ""]:
         r"""$\log \tfrac1S \sum_s p(x, z_s)/q(z_s)$: importance weighted, below $\log p(x)$ in expectation and rising to it with `samples`.
@@ -77,7 +86,7 @@ class ELBO(eqx.Module):
         **Reference:** Burda et al. 2016, arXiv:1509.00519.
         """
         z = self.family.sample(parameters, key, samples)
-        joint = jax.vmap(lambda z: self.log_likelihood(z, x) + self._log_prior(parameters, z))(z)
+        joint = jax.vmap(lambda z: self._likelihood(z, x) + self._log_prior(parameters, z))(z)
         weights = joint - jax.vmap(lambda z: self.family.log_prob(parameters, z))(z)
         return jax.nn.logsumexp(weights) - jnp.log(jnp.asarray(samples, weights.dtype))
 
@@ -112,6 +121,8 @@ class GradientSteps(eqx.Module):
             raise ValueError(f"steps must be a positive integer, got {self.steps!r}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}.")
+        if isinstance(self.learning_rate, (int, float)) and not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}.")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {self.max_norm!r}.")
 
@@ -122,10 +133,12 @@ class GradientSteps(eqx.Module):
             y, v = carry
             gradient = jax.grad(fn)(y, x)
             if self.max_norm is not None:
-                # Twice `where`: the derivative of a norm at zero is NaN.
-                square = sum(jnp.sum(leaf**2) for leaf in jtu.tree_leaves(gradient))
-                long = square > self.max_norm**2
-                factor = jnp.where(long, self.max_norm / jnp.sqrt(jnp.where(long, square, 1)), 1)
+                # Scaled, or the squares overflow. Twice `where`: the derivative of a norm at zero is NaN.
+                top = jax.lax.stop_gradient(largest(gradient))
+                top = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+                square = sum(jnp.sum((leaf / top) ** 2) for leaf in jtu.tree_leaves(gradient))
+                long = jnp.sqrt(square) > self.max_norm / top
+                factor = jnp.where(long, self.max_norm / top / jnp.sqrt(jnp.where(long, square, 1)), 1)
                 gradient = jtu.tree_map(lambda leaf: factor * leaf, gradient)
             v = jtu.tree_map(lambda v, g: self.momentum * v + g, v, gradient)
             return (jtu.tree_map(lambda y, v: y - jnp.asarray(self.learning_rate, y.dtype) * v, y, v), v), None
@@ -167,6 +180,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     | `moreau`     | $\lambda_\rho$    | $\ell(\lambda_\rho) + \rho D$, the minimum   | $\rho\,\partial_{\lambda_0} D$     |
     | `kl`         | $\lambda^*$       | $\ell(\lambda^*)$ + KL to a fixed $\lambda^*$ | to predict $\lambda^*$             |
 
+    (`svi` and `implicit` are one computation under the two names that it has with and without an encoder),
     where $\lambda_\rho$ minimises $\ell + \rho D(\cdot, \lambda_0)$. Both modes that have a $\rho$ go from `svi` ($\rho \to 0$) to `amortised`
     ($\rho \to \infty$). `reversible` rounds to the unit of `ReversibleSGD`. Where the ELBO is estimated by samples, all this holds for the estimate
     with the given key; over keys, at fixed parameters, its mean is the ELBO.
@@ -177,12 +191,14 @@ class ELBOOptimizer(AbstractDeclarativeNode):
       Arrays that it holds (the generative model) get their gradients.
     - `mode`: as above.
     - `rho`: weight of the proximal term, a positive number or an array (a schedule). Do not learn it: the optimal value never decreases in it,
-      so learning drives it to zero, and the encoder's gradient with it.
+      so learning drives it to zero, and the encoder's gradient with it. Its product with a difference of parameters is the encoder's gradient
+      in `moreau`, whose relative error is about rho times the dtype's spacing.
     - `family`: gives the distance D and the divergence of `kl`; None: that of `elbo`, if it has one. Without a family D is Euclidean.
     - `solver`: an optimistix minimiser, or `GradientSteps`; None: that of `Argmin`, and `GradientSteps()` for the two modes of K steps.
     - `direction`: of `kl`: "reverse", KL(encoder | optimum), as above, or "forward", KL(optimum | encoder).
     - `checkpoint`: whether `unrolled` keeps only the iterates, and computes each step again backwards.
-    - `adjoint`: how gradients flow through $\lambda^*$; None: `ImplicitAdjoint()`. With `ImplicitAdjoint(lineax.CG(...))` no matrix is built.
+    - `adjoint`: how gradients flow through $\lambda^*$; None: `ImplicitAdjoint()`. With
+      `ImplicitAdjoint(lineax.Normal(lineax.CG(...)))` no matrix is built.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
     **Smoothness:** the ELBO must be C2 in the parameters: a decoder with tanh, softplus or silu, not ReLU, whose kinks hold many minima, at which no
@@ -220,7 +236,9 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             raise ValueError(f"elbo must be a function of (parameters, x, key), got {type(elbo).__name__}.")
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}.")
-        if isinstance(rho, (int, float)) and not 0 < rho < float("inf"):
+        if jnp.ndim(rho) != 0:
+            raise ValueError(f"rho must be a number or an array of shape (), got shape {jnp.shape(rho)}.")
+        if not _is_traced(rho) and not 0 < float(rho) < float("inf"):
             raise ValueError(f'rho must be positive and finite, got {rho!r}; for no proximal term use mode="implicit".')
         if direction not in ("reverse", "forward"):
             raise ValueError(f'direction must be "reverse" or "forward", got {direction!r}.')
@@ -271,6 +289,29 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         leaves = jtu.tree_leaves(x.start)
         if not leaves or not all(eqx.is_inexact_array(leaf) for leaf in leaves):
             raise ValueError("start must be a pytree of floating arrays: the parameters that the encoder proposes.")
+        dtypes = sorted({jnp.result_type(leaf).name for leaf in leaves})
+        if len(dtypes) > 1:
+            raise ValueError(f"start must have one dtype, got {' and '.join(dtypes)}.")
+        if x.key is not None and not _is_key(x.key):
+            raise ValueError(f"key must be one PRNG key, got {x.key!r}; a batch of keys goes through `jax.vmap`.")
+        largest_rho = 1e-2 / float(jnp.finfo(dtypes[0]).eps)
+        if self.mode == "moreau" and isinstance(self.rho, (int, float)) and self.rho > largest_rho:
+            raise ValueError(
+                f"rho = {self.rho:g} is above {largest_rho:.0e}, where rho times a difference of {dtypes[0]} numbers has no digits left; "
+                'mode="amortised" is the limit.'
+            )
+        try:
+            inspect.signature(self.fn).bind(*_arguments(x.start, x))
+        except TypeError:
+            asked = (
+                "elbo(parameters, x, key), as there is a key"
+                if x.key is not None
+                else "elbo(parameters, x), as there is no key"
+            )
+            raise ValueError(
+                f"ELBOOptimizer calls {asked}, which {type(self.fn).__name__} does not take: "
+                + ("leave the key away." if x.key is not None else "pass key=jax.random.key(...).")
+            ) from None
 
     def guess(self, x: Evidence, y0):
         return detach_tree(x.start) if y0 is None else y0
@@ -307,6 +348,9 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         return Inference(y, elbo, loss)
 
     def objective(self, y: PyTree, x: Evidence):
+        """What was minimised, the proximal term included."""
+        if self.closed_form:
+            return self._energy()(y, x)  # not stationary: no envelope
         return envelope(_value, y, (self._energy(), x))
 
     # Solver
@@ -314,7 +358,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     def run(self, x: Evidence, y0: PyTree, loop) -> Run:
         energy, solver = self._energy(), self.solver
         if self.mode == "amortised":
-            return Run(x.start)
+            return self._ended(x.start, x, 0)
         if self.mode == "reversible":
             assert isinstance(solver, GradientSteps)
             objective = lambda y, bound, t: bound[0](y, bound[1])
@@ -322,13 +366,21 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             # Its velocity is an average of gradients.
             rate = jnp.asarray(solver.learning_rate, precision(x.start)) / (1 - solver.momentum)
             y = steps.run(x.start, (energy, x), learning_rate=rate, momentum=solver.momentum)
-            return Run(y, steps=jnp.asarray(solver.steps, jnp.int32))
+            return self._ended(y, x, solver.steps)
         if isinstance(solver, GradientSteps):
             start = x.start if self.mode == "unrolled" else y0
             y = solver.run(energy, start, x, checkpoint=self.checkpoint)
+            if self.mode == "unrolled":
+                return self._ended(y, x, solver.steps)
             # Held to no tolerance: that is what the user asked for.
             return Run(y, steps=jnp.asarray(solver.steps, jnp.int32), rtol=float("inf"))
         return Argmin(energy, solver, policy=self.policy).run(x, y0, loop)
+
+    def _ended(self, y: PyTree, x: Evidence, steps: int) -> Run:
+        """Not a solution of anything: all that can be asked is that its ELBO is a number."""
+        finite = jnp.isfinite(self._energy()(y, x))
+        result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore
+        return Run(y, result, jnp.asarray(steps, jnp.int32))
 
 
 class _Energy(eqx.Module):
@@ -348,6 +400,18 @@ class _Energy(eqx.Module):
 
 def _arguments(y: PyTree, x: Evidence) -> tuple:
     return (y, x.x) if x.key is None else (y, x.x, x.key)
+
+
+def _is_traced(value) -> bool:
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_key(key) -> bool:
+    if not eqx.is_array(key):
+        return False
+    return (
+        key.shape == () if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key.dtype == jnp.uint32 and key.ndim == 1
+    )
 
 
 def _value(y, bound):

@@ -41,8 +41,7 @@ class AbstractFamily(eqx.Module):
         return z.astype(precision(parameters))
 
     def log_prob(self, parameters: PyTree, z: Float[Array, "*event"]) -> Float[Array, ""]:
-        with _relaxed():
-            return self.distribution(parameters).log_prob(z)
+        return log_prob(self.distribution(parameters), z)
 
     def divergence(self, parameters: PyTree, other: PyTree) -> Float[Array, ""]:
         r"""$\mathrm{KL}(q_\text{parameters} \,\|\, q_\text{other})$ in nats, in closed form."""
@@ -54,6 +53,12 @@ class GaussianParameters(eqx.Module):
 
     mean: Float[Array, "*event"]
     log_scale: Float[Array, "*event"]
+
+    def __check_init__(self):
+        if jnp.shape(self.mean) != jnp.shape(self.log_scale):
+            raise ValueError(
+                f"mean and log_scale must have one shape, got {jnp.shape(self.mean)} and {jnp.shape(self.log_scale)}."
+            )
 
 
 class DiagonalGaussian(AbstractFamily):
@@ -114,12 +119,24 @@ def divergence(q, p) -> Float[Array, ""]:
     import numpyro.distributions as dist
 
     with _relaxed():
-        return dist.kl_divergence(q, p)
+        value = dist.kl_divergence(q, p)
+    return scalar(value, f"the divergence from {type(q).__name__} to {type(p).__name__} must be a scalar{_EVENT}")
 
 
 def log_prob(distribution, z) -> Float[Array, ""]:
     with _relaxed():
-        return distribution.log_prob(z)
+        value = distribution.log_prob(z)
+    return scalar(value, f"the log_prob of {type(distribution).__name__} at one z must be a scalar{_EVENT}")
+
+
+_EVENT = ": make all dimensions of z one event, with NumPyro's `.to_event(...)`"
+
+
+def scalar(value, message: str):
+    """`value`, or a `ValueError` that also says which shape it has."""
+    if jnp.shape(value) != ():
+        raise ValueError(f"{message}; got shape {jnp.shape(value)}.")
+    return value
 
 
 @contextlib.contextmanager
