@@ -181,17 +181,18 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     | `kl`         | $\lambda^*$       | $\ell(\lambda^*)$ + KL to a fixed $\lambda^*$ | to predict $\lambda^*$             |
 
     where $\lambda_\rho$ minimises $\ell + \rho D(\cdot, \lambda_0)$. Both modes that have a $\rho$ go from `svi` ($\rho \to 0$) to `amortised`
-    ($\rho \to \infty$). `svi` and `implicit` are one computation, under the names that it has without and with an encoder. `reversible` rounds to the unit of `ReversibleSGD`. Where the ELBO is estimated by samples, all this holds for the estimate
-    with the given key; over keys, at fixed parameters, its mean is the ELBO.
+    ($\rho \to \infty$). `svi` and `implicit` are one computation, under the names that it has without and with an encoder. `reversible` rounds
+    to the unit of `ReversibleSGD`. Where the ELBO is estimated by samples, all this holds for the estimate with the given key; over keys, at
+    fixed parameters, its mean is the ELBO.
 
     **Arguments:**
 
     - `elbo`: `elbo(parameters, x, key) -> scalar`, or `elbo(parameters, x)` for calls without a key; twice differentiable. `ELBO(...)` is one.
       Arrays that it holds (the generative model) get their gradients.
     - `mode`: as above.
-    - `rho`: weight of the proximal term, a positive number or an array of shape () (a schedule). Do not learn it: the optimal value never decreases in it,
-      so learning drives it to zero, and the encoder's gradient with it. Its product with a difference of parameters is the encoder's gradient
-      in `moreau`, whose relative error is about rho times the dtype's spacing.
+    - `rho`: weight of the proximal term, a positive number or an array of shape () (a schedule). Do not learn it: the optimal value never
+      decreases in it, so learning drives it to zero, and the encoder's gradient with it. Its product with a difference of parameters is the
+      encoder's gradient in `moreau`, whose relative error is about rho times the dtype's spacing.
     - `family`: gives the distance D and the divergence of `kl`; None: that of `elbo`, if it has one. Without a family D is Euclidean.
     - `solver`: an optimistix minimiser, or `GradientSteps`; None: that of `Argmin`, and `GradientSteps()` for the two modes of K steps.
     - `direction`: of `kl`: "reverse", KL(encoder | optimum), as above, or "forward", KL(optimum | encoder).
