@@ -28,6 +28,7 @@ class Row:
     adjoints: tuple = (None,)
     unrolled: bool = True
     fast: bool = True  # False: in the full tier only, where compilation alone takes minutes
+    slow: bool = False  # True: of the fast checks, in the slow tier
 
     def __str__(self):
         return self.name
@@ -237,6 +238,7 @@ ROWS = [
             EVIDENCE,
             reference=linear_inference(0.0 if mode == "implicit" else 0.7, mode == "moreau"),
             failures={"nonfinite_data": eqx.tree_at(lambda e: e.x["x"], EVIDENCE, jnp.full(3, jnp.nan))},
+            slow=mode != "moreau",
         )
         for mode in ("implicit", "proximal", "moreau")
     ),

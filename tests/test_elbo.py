@@ -167,6 +167,7 @@ def test_moreau_needs_no_linear_solve():
     assert operations(lambda out: out.loss) < operations(lambda out: out.elbo)
 
 
+@pytest.mark.slow
 def test_learning_rho_kills_the_encoder():
     # The optimal value never decreases in rho, so gradient descent drives it to zero: its slope is the distance.
     def moreau(rho):

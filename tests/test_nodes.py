@@ -13,7 +13,10 @@ def _check(row, adjoint, full):
     return check_node(node, row.x, **options, unrolled=row.unrolled, full=full)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.fast], ids=str)
+FAST = [pytest.param(row, marks=[pytest.mark.slow] * row.slow, id=str(row)) for row in ROWS if row.fast]
+
+
+@pytest.mark.parametrize("row", FAST)
 def test_node(row):
     """The fast tier: every node under its default adjoint; first order, batches, failures."""
     _check(row, None, full=False)
