@@ -386,7 +386,7 @@ def test_misuse_at_the_call_is_named():
         ),
     ):
         with pytest.raises((ValueError, TypeCheckError), match=f"{message}|parameter 'key'"):
-            dn.ELBOOptimizer(dn.ELBO(DECODER, FAMILY))(X, start, **options)  # pyright: ignore[reportArgumentType]
+            dn.ELBOOptimizer(dn.ELBO(DECODER, FAMILY))(X, start, **options)  # pyright: ignore[reportArgumentType]  (wrong on purpose)
     with pytest.raises(ValueError, match="leave the key away"):
         node(EVIDENCE.x, EVIDENCE.start, key=KEY)
     with pytest.raises(ValueError, match="no digits left"):

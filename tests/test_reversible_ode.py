@@ -521,7 +521,7 @@ def test_the_guard_looks_at_what_a_learnt_control_multiplies():
     # dy = y dX: the field returns y as it is, and the derivative in X is y.
     class Control(dfx.AbstractPath):
         rate: jax.Array
-        t0, t1 = -jnp.inf, jnp.inf  # pyright: ignore
+        t0, t1 = -jnp.inf, jnp.inf  # pyright: ignore  (diffrax declares them as class variables)
 
         def evaluate(self, t0, t1=None, left=True):
             return -self.rate * (t0 if t1 is None else t1 - t0)

@@ -266,11 +266,11 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     # The friendlier form that the contract asks for.
-    def __call__(self, x: PyTree, start: PyTree, *, key: PRNGKeyArray | None = None) -> Inference:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x: PyTree, start: PyTree, *, key: PRNGKeyArray | None = None) -> Inference:  # pyright: ignore[reportIncompatibleMethodOverride]  (friendlier on purpose)
         return evaluate(self, Evidence(x, start, key))
 
     @property
-    def closed_form(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def closed_form(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  (it depends on the mode)
         """Whether the derivative of `run` is the rule."""
         return self.mode in ("amortised", *_OF_STEPS)
 
@@ -379,7 +379,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     def _ended(self, y: PyTree, x: Evidence, steps: int) -> Run:
         """Not a solution of anything: all that can be asked is that its ELBO is a number."""
         finite = jnp.isfinite(self._energy()(y, x))
-        result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore
+        result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore  (members pass for enum items)
         return Run(y, result, jnp.asarray(steps, jnp.int32))
 
 
@@ -403,7 +403,7 @@ def _arguments(y: PyTree, x: Evidence) -> tuple:
 
 
 def _is_traced(value) -> bool:
-    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]
+    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]  (a submodule)
 
 
 def _is_key(key) -> bool:
