@@ -96,6 +96,14 @@ def test_unrolled_is_the_derivative_of_the_steps(checkpoint):
     tree_close(gradients("unrolled", solver=solver, checkpoint=checkpoint), expected, 1e-12)
 
 
+def test_a_gradient_whose_square_overflows_is_shortened():
+    steep = lambda y, x: 1e25 * jnp.sum(y)
+    y = dn.GradientSteps(1, 0.5, momentum=0.0, max_norm=2.0).run(
+        steep, jnp.zeros(4, jnp.float32), None, checkpoint=True
+    )
+    tree_close(y, jnp.full(4, -0.5), 1e-6)
+
+
 def test_reversible_is_unrolled():
     solver = dn.GradientSteps(20, 0.1, momentum=0.5)
     a, b = losses("unrolled", solver=solver), losses("reversible", solver=solver)

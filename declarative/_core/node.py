@@ -295,6 +295,7 @@ def _solve(inputs, probe) -> Solution:
     node, x, _ = inputs
     point = _differentiable_point(inputs, probe, throw=False, measured=True)
     if node.policy.fill == "zero":
+        # As above: a caller who selects by `result` sends zero cotangents to the rest.
         node, x = select(point.ok, (node, x), detach)
     stats = {"steps": point.steps, "residual": detach(point.residual)}
     distance = node.kink_distance(*detach_tree((point.unknown, x)))

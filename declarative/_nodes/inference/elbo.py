@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.core
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optimistix as optx
@@ -238,7 +239,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}.")
         if jnp.ndim(rho) != 0:
             raise ValueError(f"rho must be a number or an array of shape (), got shape {jnp.shape(rho)}.")
-        if not _is_traced(rho) and not 0 < float(rho) < float("inf"):
+        if not isinstance(rho, jax.core.Tracer) and not 0 < float(rho) < float("inf"):
             raise ValueError(f'rho must be positive and finite, got {rho!r}; for no proximal term use mode="implicit".')
         if direction not in ("reverse", "forward"):
             raise ValueError(f'direction must be "reverse" or "forward", got {direction!r}.')
@@ -400,10 +401,6 @@ class _Energy(eqx.Module):
 
 def _arguments(y: PyTree, x: Evidence) -> tuple:
     return (y, x.x) if x.key is None else (y, x.x, x.key)
-
-
-def _is_traced(value) -> bool:
-    return isinstance(value, jax.core.Tracer)  # pyright: ignore[reportAttributeAccessIssue]  (a submodule)
 
 
 def _is_key(key) -> bool:
