@@ -272,6 +272,7 @@ def test_batches_in_float32(mode):
     tree_close(out.loss[3], alone.loss, 1e-5)
 
 
+@pytest.mark.slow
 def test_memory_of_the_gradient_in_inner_steps():
     def temporary(mode, steps):
         node = lambda decoder: dn.ELBOOptimizer(

@@ -23,7 +23,11 @@ def gradient(node, ts=None):
 
 @pytest.mark.parametrize(
     "solver",
-    [dn.Reversible(dfx.Bosh3()), dfx.ReversibleHeun(), dn.AsynchronousLeapfrog()],
+    [
+        pytest.param(dn.Reversible(dfx.Bosh3()), marks=pytest.mark.slow),
+        pytest.param(dfx.ReversibleHeun(), marks=pytest.mark.slow),
+        dn.AsynchronousLeapfrog(),
+    ],
     ids=["coupled", "reversible heun", "leapfrog"],
 )
 def test_adaptive_steps(solver):
@@ -43,6 +47,7 @@ def test_adaptive_steps(solver):
     assert np.flatnonzero(np.any(np.abs(np.asarray(residual)) > 1e-8, axis=1))[0] == 2
 
 
+@pytest.mark.slow
 def test_few_unequal_steps_are_no_drift():
     """An adaptive solve that begins with small steps and goes on with a few large ones, longer than the time between two anchors."""
     fields = 0.6 * jr.normal(jr.key(3), (100, 6, 6), jnp.float32)
@@ -63,7 +68,11 @@ def test_without_an_inverse_it_is_differentiated_directly_and_an_implicit_solver
     assert solution.stats["residual"] < 1e-13
 
 
-@pytest.mark.parametrize("kind", [{"steps": 100}, {"stepsize_controller": ADAPTIVE}], ids=["equal", "adaptive"])
+@pytest.mark.parametrize(
+    "kind",
+    [{"steps": 100}, pytest.param({"stepsize_controller": ADAPTIVE}, marks=pytest.mark.slow)],
+    ids=["equal", "adaptive"],
+)
 def test_backsolve_is_close_and_reaches_what_a_field_closes_over(kind):
     """diffrax's own call leaves a closed-over array without a gradient."""
     ode = lambda weight, adjoint: dn.NeuralODE(lambda t, y, _: flow(t, y, weight), dfx.Heun(), adjoint=adjoint, **kind)
@@ -78,7 +87,12 @@ def test_backsolve_is_close_and_reaches_what_a_field_closes_over(kind):
 
 
 @pytest.mark.parametrize(
-    "adjoint", [None, dfx.RecursiveCheckpointAdjoint(), dn.ReversibleAdjoint(on_drift="checkpoint", tolerance=1e-30)],
+    "adjoint",
+    [
+        None,
+        pytest.param(dfx.RecursiveCheckpointAdjoint(), marks=pytest.mark.slow),
+        pytest.param(dn.ReversibleAdjoint(on_drift="checkpoint", tolerance=1e-30), marks=pytest.mark.slow),
+    ],
     ids=["default", "checkpoints", "fallback"],
 )  # fmt: skip
 def test_a_leaf_that_no_lane_changes_counts_once_a_lane(adjoint):

@@ -181,6 +181,7 @@ def test_wrong_arguments_are_named():
             make(**fields)
 
 
+@pytest.mark.slow
 def test_a_short_run_of_the_latent_ode(tmp_path):
     from train.latent_ode import Config, train
 

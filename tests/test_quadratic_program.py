@@ -62,7 +62,9 @@ def test_every_block_against_enumeration():
         )
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(jnp.float64, 1e-9), (jnp.float32, 1e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tol"), [(jnp.float64, 1e-9), pytest.param(jnp.float32, 1e-3, marks=pytest.mark.slow)]
+)
 def test_gradients_of_every_datum_against_the_active_set(dtype, tol):
     programs = [program(seed, n=6, m=6, p=2, bounds=False, dtype=dtype) for seed in range(16)]
     cotangents = jnp.asarray(np.random.default_rng(0).standard_normal((16, 6)), dtype)
@@ -141,6 +143,7 @@ def test_smoothing_is_the_central_path_and_elastic_tends_to_the_program():
     tree_close(penalised.value, exact.value, 1e-4)
 
 
+@pytest.mark.slow
 def test_conventions_at_degenerate_points():
     eye = jnp.eye(2)
     # Equal rows share their multiplier, and the derivative in h.
@@ -371,6 +374,7 @@ def test_a_set_that_no_point_satisfies_is_left_again():
     np.testing.assert_allclose(s.value, [1, 1, (1.786 - 0.94 - 0.84) / 1.04], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_a_slow_start_is_not_given_up():
     """Of 512 random programs one whose homogeneous iterates hardly improve in their first six steps."""
     rng, n, p = np.random.default_rng(0), 10, 5

@@ -158,6 +158,7 @@ def lane(matrix, y, adjoint):
     ).ys  # fmt: skip
 
 
+@pytest.mark.slow
 def test_lanes_with_steps_of_their_own():
     matrix, ys = jr.normal(jr.key(0), (2, 2)), jnp.array([[0.1, 0.2], [2.0, -3.0], [1e-3, 0.0]])
     one = jax.jit(jax.grad(lambda matrix, y: spread(lane(matrix, y, dn.ReversibleAdjoint())), (0, 1)))

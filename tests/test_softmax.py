@@ -15,7 +15,11 @@ from declarative.testing.check import replace
 THETA = jnp.array([0.31, -1.2, 0.93, 0.12])
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.4, jnp.array(2.5)], ids=str)
+@pytest.mark.parametrize(
+    "temperature",
+    [1.0, pytest.param(0.4, marks=pytest.mark.slow), pytest.param(jnp.array(2.5), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_three_routes_agree(temperature):
     routes = [
         dn.Softmax(temperature),

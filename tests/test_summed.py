@@ -111,6 +111,7 @@ def test_no_lane_holds_a_gradient_of_the_weights_in_an_ode(adaptive):
     assert memory < 75 * states < 2 * size * states  # two gradients a lane is what a loop would need
 
 
+@pytest.mark.slow
 def test_lanes_of_nested_vmaps_with_steps_of_their_own():
     """Each of the two maps shares what the other one maps."""
     ys, rates = jnp.array([0.5, 2.0, 1e-3]), jnp.array([1.0, 4.0])

@@ -166,19 +166,26 @@ def plane(name: str, rows: int, seed) -> np.ndarray:
         points = np.stack([np.cos(angle) - 0.5 + lower, (1 - 2 * lower) * (np.sin(angle) - 0.25)], 1)
         points = 1.5 * points + 0.12 * rng.standard_normal((rows, 2))
     elif name == "pinwheel":
-        arm = rng.integers(0, 5, rows)
-        radial, across = 1.6 + 0.6 * rng.standard_normal(rows), 0.16 * rng.standard_normal(rows)
-        angle = 2 * np.pi * arm / 5 + 0.35 * np.exp(radial)
-        points = np.stack(
-            [
-                radial * np.cos(angle) - across * np.sin(angle),
-                radial * np.sin(angle) + across * np.cos(angle),
-            ],
-            1,
-        )
+        points = pinwheel(rng.integers(0, 5, rows), rng, radius=1.6, radial=0.6, tangential=0.16, rate=0.35)
     else:
         raise ValueError(f"the densities in the plane are moons and pinwheel, not {name!r}.")
     return points.astype(np.float32)
+
+
+def pinwheel(
+    arm: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    radius: float = 1.0,
+    radial: float = 0.3,
+    tangential: float = 0.05,
+    rate: float = 0.25,
+) -> np.ndarray:
+    """A point (n, 2) of each given arm, of five: Gaussian along and across it, then turned by `rate` e^(distance from the centre)."""
+    along, across = radius + radial * rng.standard_normal(arm.size), tangential * rng.standard_normal(arm.size)
+    angle = 2 * np.pi * arm / 5 + rate * np.exp(along)
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.stack([along * cos - across * sin, along * sin + across * cos], 1).astype(np.float32)
 
 
 def digits_pca(components: int):
