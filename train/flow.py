@@ -61,26 +61,6 @@ class Config(RunConfig):
         return f"flow-{self.data}-{self.trace}-{self.seed}"
 
 
-def fit_mixture(rows, seed: int, most: int = 40):
-    """scikit-learn's mixture with the number of components that 5-fold cross-validation prefers, fitted to all rows."""
-    import warnings
-
-    import numpy as np
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
-    from sklearn.model_selection import cross_val_score
-
-    def mixture(n):
-        return GaussianMixture(n, reg_covar=1e-4, random_state=seed)
-
-    rows = rows.astype(np.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        counts = [n for n in (1, 2, 3, 5, 7, 10, 15, 20, 30, 40) if n <= min(most, len(rows) // 10)]
-        best = max(counts, key=lambda n: cross_val_score(mixture(n), rows).mean())
-        return mixture(best).set_params(n_init=3).fit(rows)
-
-
 def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     """One run, or the rest of it: the final state, and the log-likelihoods on held-out rows."""
     import time
@@ -95,6 +75,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
 
     from models.flow import FlowConfig, make
 
+    from .loop.baselines import fit_mixture
     from .loop.data import digits_pca, plane, shuffled_batches
     from .loop.devices import start
     from .loop.fit import fit, mean_over
