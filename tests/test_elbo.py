@@ -410,3 +410,23 @@ def test_misuse_at_the_call_is_named():
             dn.ELBO(**{"log_likelihood": DECODER, "family": FAMILY, name: value})
     with pytest.raises(ValueError, match="triangle must have"):
         dn.FullGaussian().factor(dn.CholeskyParameters(jnp.zeros(2), jnp.zeros(4)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_collapsed_posterior_is_found(dtype):
+    # All parameters of the optimum vanish: to many digits, which the rounding inside of the divergence forbids.
+    start = dn.GaussianParameters(jnp.zeros(2, dtype), jnp.zeros(2, dtype))
+    far = jtu.tree_map(lambda leaf: leaf + jnp.asarray(1e-3, dtype), start)
+    x = jnp.array([0.3, -1.0, 0.7], dtype)
+
+    @jax.jit
+    @jax.vmap
+    def solve(weight):
+        decoder = weight * jnp.array([[1, 0.5], [-1, 1], [0.3, 0]], dtype)
+        elbo = dn.ELBO(lambda z, x: -jnp.sum((x - decoder @ z) ** 2) / 2, dn.DiagonalGaussian(), samples=8)
+        node = dn.ELBOOptimizer(elbo, "svi", throw=False)
+        return [node.solve(dn.Evidence(x, start, jr.key(0))) for start in (start, far)]
+
+    for solution in solve(jnp.array([0, 1e-20, 1e-14, 1e-9, 1e-6, 1e-4], dtype)):
+        assert jnp.all(solution.result == dn.RESULTS.successful)
+        np.testing.assert_allclose(solution.unknown.mean[:4], 0, atol=1e-7)

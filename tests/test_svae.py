@@ -1,5 +1,7 @@
 """The structured autoencoder: its exponential family against closed forms, mean field, and the gradient through it."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -202,8 +204,10 @@ def test_a_standard_normal_prior():
 def test_a_short_run(tmp_path, components):
     from train.svae import Config, train
 
-    options = dict(steps=40, eval_every=20, save_every=20, samples=2, hidden=8, tensorboard=False, devices=1)
-    state, result = train(Config(components=components, out=tmp_path, **options))  # pyright: ignore[reportArgumentType]  (numbers and flags)
+    options: dict[str, Any] = dict(
+        steps=40, eval_every=20, save_every=20, samples=2, hidden=8, tensorboard=False, devices=1
+    )
+    state, result = train(Config(components=components, out=tmp_path, **options))
     assert (tmp_path / "svae.png").stat().st_size > 10_000
     assert np.isfinite(list(result.values())).all()
     assert result["train/elbo"] > -4  # about -9 before training
@@ -215,6 +219,7 @@ def test_a_short_run(tmp_path, components):
 def test_configurations_are_checked():
     from train.svae import Config
 
-    for name, value in (("components", -1), ("natural_lr", 0.0), ("lr", -1.0), ("samples", 0)):
+    wrong: dict[str, Any] = {"components": -1, "natural_lr": 0.0, "lr": -1.0, "samples": 0}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             Config(**{name: value})

@@ -4,8 +4,22 @@
     python -m train.svae --gradient none            without the term that this adds
     python -m train.svae --components 0             a standard normal prior: a plain variational autoencoder
 
-Hardware and time: 2 CPU cores, about a minute.
-EXPECT
+Hardware and time: 2 CPU cores, about 40 seconds.
+Expect, in nats a row (seed 0, and the mean of seeds 0 to 4):
+
+|                             | structured: seed 0 | mean   | plain: seed 0 | mean   |
+|-----------------------------|--------------------|--------|---------------|--------|
+| bound, rows to train        | -0.893             | -1.034 | -1.229        | -1.244 |
+| bound, held out             | -1.525             | -1.342 | -1.399        | -1.359 |
+| the same, each row refined  | -1.293             | -1.171 | -1.337        | -1.291 |
+| adjusted Rand index         | 0.975              | 0.863  |               |        |
+
+For each of the five seeds the structured model is the better one on the rows to train, and on held-out rows once they are refined. As the
+encoders leave them, it is so for three of five: a few rows at the ends of the arms cost the structured model a hundred nats each.
+scikit-learn's mixture of 20 components has log p = -0.813 and beats both; its components are not the arms (index 0.407).
+
+The term that implicit differentiation adds is a tenth to a quarter of the encoder's gradient at the start, and one per cent of it once labels
+are decided. Training without it ends at the same bound (mean -1.033).
 
 The networks are trained by Adam, the mixture by natural gradients, which `jax.grad` returns for it (see `models/svae.py`). The bound is of
 all that was not observed, the mixture's parameters included: their divergence from the prior is paid once and shared among the 500 rows.
@@ -92,8 +106,9 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
     def natural(rate: float) -> optax.GradientTransformation:
         """The longest of `rate`, rate / 2, … after which a component still has a density; none of its parameters moves if there is none."""
 
-        def update(direction, state, params):
-            mixture, gradient = params.mixture, direction.mixture
+        def update(updates, state, params=None):
+            assert params is not None
+            mixture, gradient = params.mixture, updates.mixture
             scaled = lambda t, leaf: t.reshape(t.shape + (1,) * (leaf.ndim - 1)) * leaf
             after = lambda t: jax.tree.map(lambda eta, slope: eta - scaled(t, slope), mixture, gradient).proper()
             enough = 0.1 * mixture.proper()
@@ -101,7 +116,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
             t, _ = jax.lax.scan(halve, jnp.full(mixture.alpha.shape, rate, jnp.float32), length=10)
             t = jnp.where(after(t) > enough, t, 0)
             steps = jax.tree.map(lambda slope: -scaled(t, slope), gradient)
-            return eqx.tree_at(lambda model: model.mixture, direction, steps), state
+            return eqx.tree_at(lambda model: model.mixture, updates, steps), state
 
         return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

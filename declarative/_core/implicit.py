@@ -47,6 +47,8 @@ class Run(eqx.Module):
     - `factor`: anything worth reusing for the backward solve (a lineax solver state); it carries no gradient.
     - `rtol`, `scale`: the relative accuracy that the algorithm aimed at (a Python number; None: that of the dtype) and the
       typical magnitude of the unknown (None: its own largest entry, or 1 if it vanishes). They set what counts as a solution.
+    - `unit`: a change of the unknown that its user would notice, where the problem says so (None: nothing is known, and an unknown that
+      vanishes has to vanish to many digits, which rounding inside of `optimality` may forbid).
     - `final`: the algorithm has measured its own error: that it ran out of steps is not overruled by a small residual here. (The
       scale above is that of the whole unknown. Multipliers that run off, as those of an infeasible program do, make it large.)
     """
@@ -57,6 +59,7 @@ class Run(eqx.Module):
     factor: PyTree = None
     rtol: float | None = eqx.field(static=True, default=None)
     scale: Float[Array, ""] | None = None
+    unit: Float[Array, ""] | None = None
     final: bool = eqx.field(static=True, default=False)
 
 
@@ -164,6 +167,7 @@ def judge(run: Run, residual_function: Callable | None, inputs: PyTree) -> Point
         tol = tolerances(vector.dtype, run.rtol)
         # The floor is for unknowns that vanish: the solvers' absolute tolerance, seen from this check (see `zero_tolerance`).
         floor = 0 if run.scale is None else run.scale * (zero_tolerance(tol.solver) / tol.solution)
+        floor = floor if run.unit is None else jnp.maximum(run.unit, floor)
         scale = jnp.maximum(largest(vector), floor).astype(vector.dtype)
         scale = jnp.where(scale > 0, scale, 1)
         # What a relative change of the whole unknown does to each entry of F, along three random directions. Entry by

@@ -22,18 +22,20 @@ NAMES = {"implicit": "implicit function theorem", "one-step": "one sweep", "none
 def plot_svae(model: Any, rows: np.ndarray, local: Any, folder: Path, *, seed: int) -> None:
     """Rows and their latent means by component, samples of the model, and errors of gradients over the run."""
     decode = jax.jit(jax.vmap(lambda z: model.decoder(z)))
-    keys = jr.split(jr.key(seed), 3)
-    if model.mixture is None:
-        label, used = np.zeros(len(rows), int), []
-        z = jr.normal(keys[0], (2000, model.config.latent), jnp.float32)
+    keys, D = jr.split(jr.key(seed), 3), model.config.latent
+    shares = np.asarray(local.r)
+    if model.mixture is None:  # one component, the prior
+        used, means, covariances = [], jnp.zeros((1, D), jnp.float32), jnp.eye(D, dtype=jnp.float32)[None]
+        weights = jnp.zeros(1, jnp.float32)
     else:
-        label = np.argmax(np.asarray(local.r), axis=1)
-        mixture, D = model.mixture, model.config.latent
-        used = [k for k in range(model.config.components) if np.mean(np.asarray(local.r)[:, k]) > 0.01]
+        mixture = model.mixture
+        used = [k for k, share in enumerate(shares.mean(0)) if share > 0.01]
         means, covariances = mixture.h / mixture.kappa[:, None], mixture.scale() / (mixture.nu - D + 1)[:, None, None]
-        chosen = jr.categorical(keys[0], jnp.log(mixture.alpha), shape=(2000,))
-        noise = jr.normal(keys[1], (2000, D), jnp.float32)
-        z = means[chosen] + jnp.einsum("nij,nj->ni", jnp.linalg.cholesky(covariances)[chosen], noise)
+        weights = jnp.log(mixture.alpha)
+    label = np.argmax(shares, axis=1)
+    chosen = jr.categorical(keys[0], weights, shape=(2000,))
+    noise = jr.normal(keys[1], (2000, D), jnp.float32)
+    z = means[chosen] + jnp.einsum("nij,nj->ni", jnp.linalg.cholesky(covariances)[chosen], noise)
     location, log_scale = decode(z)
     drawn = np.asarray(location + jnp.exp(log_scale) * jr.normal(keys[2], location.shape, jnp.float32))
 

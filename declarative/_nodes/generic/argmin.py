@@ -97,11 +97,13 @@ class Argmin(AbstractDeclarativeNode):
         size = self.step_size
         return jtu.tree_map(lambda y, g: y - jnp.asarray(size, y.dtype) * g, y, self.optimality(y, x))
 
-    def run(self, x, y0, loop):
+    def run(self, x, y0, loop, unit: Callable[[PyTree], Float[Array, ""]] | None = None):
+        """`unit(y)`: see `Run`."""
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        atol: Any = tol.solver * scale  # optimistix annotates a float; an array is as good
+        least = 0 if unit is None else unit(y0)
+        atol: Any = tol.solver * jnp.maximum(scale, least)  # optimistix annotates a float; an array is as good
         solver = optx.BFGS(tol.solver, atol) if self.solver is None else self.solver
         minimise = lambda fn, solver, y0: optx.minimise(
             fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
@@ -111,7 +113,7 @@ class Argmin(AbstractDeclarativeNode):
         if self.solver is None and sum(leaf.size for leaf in jtu.tree_leaves(y0)) <= _POLISH:
             polished = optx.root_find(
                 self.optimality,
-                newton(tol.solver, scale, y0),
+                newton(tol.solver, scale, y0, tol.solver * least),
                 y,
                 x,
                 max_steps=_POLISH_STEPS,
@@ -124,7 +126,8 @@ class Argmin(AbstractDeclarativeNode):
             y = jtu.tree_map(lambda new, old: jnp.where(better, new, old), polished.value, y)
             steps = steps + polished.stats["num_steps"]
         result = RESULTS.where(self._concave(y, x), RESULTS.indefinite, RESULTS.promote(out.result))
-        return Run(y, result, steps, rtol=solver_rtol(self.solver), scale=scale)
+        found = None if unit is None else unit(y)
+        return Run(y, result, steps, rtol=solver_rtol(self.solver), scale=scale, unit=found)
 
     def _concave(self, y, x):
         """Whether the objective curves down along one fixed direction, beyond rounding."""

@@ -86,10 +86,10 @@ class Root(AbstractDeclarativeNode):
         return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
 
 
-def newton(rtol: float, scale: Any, y0: PyTree) -> Newton:
+def newton(rtol: float, scale: Any, y0: PyTree, least: Any = 0) -> Newton:
     """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it."""
     size = jax.eval_shape(lambda y: jnp.zeros(sum(leaf.size for leaf in jtu.tree_leaves(y)), scale.dtype), y0)
-    atol = zero_tolerance(rtol) * scale
+    atol = jnp.maximum(zero_tolerance(rtol) * scale, least)
     return Newton(rtol=rtol, atol=atol, linear_solver=default_linear_solver(size))
 
 

@@ -375,7 +375,8 @@ class ELBOOptimizer(AbstractDeclarativeNode):
                 return self._ended(y, x, solver.steps)
             # Held to no tolerance: that is what the user asked for.
             return Run(y, steps=jnp.asarray(solver.steps, jnp.int32), rtol=float("inf"))
-        return Argmin(energy, solver, policy=self.policy).run(x, y0, loop)
+        unit = None if self.family is None else self.family.unit
+        return Argmin(energy, solver, policy=self.policy).run(x, y0, loop, unit)
 
     def _ended(self, y: PyTree, x: Evidence, steps: int) -> Run:
         """Not a solution of anything: all that can be asked is that its ELBO is a number."""

@@ -35,6 +35,11 @@ class AbstractFamily(eqx.Module):
         """Half the squared distance in the metric of `start`; Euclidean unless a family knows better."""
         return half_squared(parameters, start)
 
+    def unit(self, parameters: PyTree) -> Float[Array, ""]:
+        """A change of the parameters that matters: what their accuracy is measured against where all of them vanish, as those of
+        a collapsed posterior do. Unless a family knows better, only zero is small."""
+        return jnp.zeros((), precision(parameters))
+
     def sample(self, parameters: PyTree, key: PRNGKeyArray, count: int) -> Float[Array, "count *event"]:
         with _relaxed():
             z = self.distribution(parameters).rsample(key, (count,))
@@ -79,6 +84,9 @@ class DiagonalGaussian(AbstractFamily):
         of_scale = parameters.log_scale - start.log_scale
         return jnp.sum(of_mean**2) / 2 + jnp.sum(of_scale**2)
 
+    def unit(self, parameters: GaussianParameters) -> Float[Array, ""]:
+        return jnp.exp(jnp.min(parameters.log_scale, initial=0))
+
 
 class CholeskyParameters(eqx.Module):
     """Mean, shape (d,), and the lower triangle of the Cholesky factor, row by row, shape (d (d + 1) / 2,); logarithms on its diagonal."""
@@ -107,6 +115,9 @@ class FullGaussian(AbstractFamily):
 
     def standard(self, parameters: CholeskyParameters) -> CholeskyParameters:
         return jtu.tree_map(jnp.zeros_like, parameters)
+
+    def unit(self, parameters: CholeskyParameters) -> Float[Array, ""]:
+        return jnp.min(jnp.abs(jnp.diag(self.factor(parameters))), initial=1)
 
 
 def half_squared(parameters: PyTree, start: PyTree) -> Float[Array, ""]:
