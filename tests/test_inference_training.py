@@ -154,7 +154,9 @@ def test_short_runs(tmp_path):
     config = train.savi_oracle.Config(inner_steps=3, rows=64, hidden=8, out=tmp_path / "oracle", plots=False, **SHORT)
     _, gaps = train.savi_oracle.train(config)
     assert gaps["start"] > gaps["refined"] > gaps["optimal"] > 0
-    _, result = train.vae.train(train.vae.Config(latent=2, hidden=8, inner_steps=3, out=tmp_path / "vae", **SHORT))
+    _, result = train.vae.train(
+        train.vae.Config(latent=2, hidden=8, inner_steps=3, rho_end=0.1, out=tmp_path / "vae", **SHORT)
+    )
     assert result["elbo"] < result["refined"] < result["log_likelihood"]
     for name in ("reconstructions", "samples", "latent"):
         assert (tmp_path / "vae" / f"{name}.png").stat().st_size > 10_000
@@ -169,6 +171,7 @@ def test_wrong_arguments_are_named():
         (train.savi_oracle.Config, {"inner_lr": -1.0}),
         (train.savi_oracle.Config, {"inner_steps": 0}),
         (train.vae.Config, {"gamma": 0.0}),
+        (train.vae.Config, {"rho_end": 0.0}),
         (train.vae.Config, {"floor": 0.0}),
         (train.vae.Config, {"inner_momentum": 1.0}),
     ]

@@ -41,6 +41,8 @@ class Config(RunConfig):
     mode: Literal["amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl"] = "moreau"
     rho: float = 1.0
     """Weight of the proximal term, where there is one."""
+    rho_end: float | None = None
+    """If given, the weight goes there from `rho`, by equal factors."""
     inner_steps: int = 20
     inner_lr: float = 0.01
     inner_momentum: float = 0.5
@@ -61,8 +63,8 @@ class Config(RunConfig):
 
     def __post_init__(self):
         self.check_at_least_one("inner_steps samples latent hidden steps batch_size")
-        for name in ("rho", "inner_lr", "floor") + (() if self.gamma is None else ("gamma",)):
-            if not getattr(self, name) > 0:
+        for name in ("rho", "rho_end", "inner_lr", "floor", "gamma"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
         if not 0 <= self.inner_momentum < 1:
             raise ValueError(f"inner_momentum must lie in [0, 1), but is {self.inner_momentum}.")
@@ -111,12 +113,24 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         first = model.propose(image)
         return dn.DiagonalGaussian().standard(first) if config.mode == "svi" else first
 
+    images_of = shuffled_batches((train_set,), config.batch_size, config.seed)
+
+    def batches(step):
+        """Images, and the weight of the proximal term at this step: what changes from step to step belongs to the batch."""
+        (images,) = images_of(step)
+        share = step / max(1, config.steps - 1)
+        rho = config.rho * ((config.rho_end or config.rho) / config.rho) ** share
+        return images, np.full(len(images), rho, np.float32)
+
     def loss(model, batch, key):
-        (images,) = batch
+        images, rhos = batch
         gamma = gamma_of(model)
-        node = dn.ELBOOptimizer(model.elbo(config.samples), config.mode, rho=config.rho, solver=solver, throw=False)
-        infer = lambda x, key: node((x, gamma), propose(model, x), key=key)
-        out = jax.vmap(infer)(images, jr.split(key, len(images)))
+
+        def infer(x, rho, key):
+            node = dn.ELBOOptimizer(model.elbo(config.samples), config.mode, rho=rho, solver=solver, throw=False)
+            return node((x, gamma), propose(model, x), key=key)
+
+        out = jax.vmap(infer)(images, rhos, jr.split(key, len(images)))
         return jnp.mean(out.loss), {"elbo": jnp.mean(out.elbo), "gamma": gamma}
 
     def refine(model, image, key):
@@ -154,7 +168,7 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
         model,
         optimizer,
         loss,
-        shuffled_batches((train_set,), config.batch_size, config.seed),
+        batches,
         steps=config.steps,
         directory=config.directory,
         config=config.identity(),
