@@ -59,3 +59,4 @@ from ._reversible.networks import MomentumBlock as MomentumBlock
 from ._reversible.networks import ReversibleBlock as ReversibleBlock
 from ._reversible.networks import ReversibleSequence as ReversibleSequence
 from ._reversible.optimiser import ReversibleSGD as ReversibleSGD
+from ._solvers.anderson import Anderson as Anderson
