@@ -60,3 +60,4 @@ from ._reversible.networks import ReversibleBlock as ReversibleBlock
 from ._reversible.networks import ReversibleSequence as ReversibleSequence
 from ._reversible.optimiser import ReversibleSGD as ReversibleSGD
 from ._solvers.anderson import Anderson as Anderson
+from ._solvers.broyden import Broyden as Broyden

@@ -1,0 +1,71 @@
+r"""What accelerated fixed-point solvers share: when an extrapolation is taken back, what is kept as the best point, and when it is done.
+
+An extrapolation after which $\|T(y) - y\|$ is more than `growth` times the least since the last restart, or not finite, is taken back: what
+the solver has learnt is dropped, and $y \leftarrow T(y)$ is done from the point before. It can leave the domain of T, or the region
+where T is nearly affine. A plain step is never taken back, so the whole costs at most two evaluations where Picard iteration costs one.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, PyTree
+
+from .._core.implicit import norm
+from .._linear.norms import largest
+
+
+class Progress(eqx.Module):
+    """The state of a solve: the last point that was not taken back, with T there; the least residual; the best point."""
+
+    y: Float[Array, " n"]
+    value: Float[Array, " n"]
+    started: Bool[Array, ""]
+    extrapolated: Bool[Array, ""]
+    # Least |T(y) - y| since the restart, and over all, with T there.
+    least: Float[Array, ""]
+    best: Float[Array, ""]
+    best_value: Float[Array, " n"]
+    settled: Bool[Array, ""]
+
+    def advance(
+        self, y: Float[Array, " n"], value: Float[Array, " n"], rtol: Any, atol: Any, growth: float
+    ) -> tuple["Progress", Bool[Array, ""]]:
+        """After T was evaluated at `y`: what is known now, and whether the step to `y` is to be taken back."""
+        # They decide and are not differentiated (unrolled, the root of zero would be).
+        change, size = jax.lax.stop_gradient((largest(value - y), norm(value - y)))
+        lost = self.extrapolated & ~(size <= growth * self.least)  # true for NaN
+        better = size < self.best
+        new = Progress(
+            y=jnp.where(lost, self.y, y),
+            value=jnp.where(lost, self.value, value),
+            started=jnp.ones((), bool),
+            extrapolated=self.started & ~lost,
+            least=jnp.where(lost, jnp.inf, jnp.minimum(size, self.least)),
+            best=jnp.where(better, size, self.best),
+            best_value=jnp.where(better, value, self.best_value),
+            settled=change <= rtol * largest(value) + atol,
+        )
+        return new, lost
+
+    def best_of(self, y: PyTree) -> PyTree:
+        """What a solve returns that ended at `y`: that, if it settled, or else the best point."""
+        _, unravel = ravel_pytree(y)
+        found = self.settled | ~jnp.isfinite(self.best)
+        return jtu.tree_map(lambda y, best: jnp.where(found, y, best), y, unravel(self.best_value))
+
+
+def begin(y: PyTree) -> Progress:
+    vector, _ = ravel_pytree(jtu.tree_map(jnp.zeros_like, y))
+    infinite, no = jnp.full((), jnp.inf, vector.dtype), jnp.zeros((), bool)
+    return Progress(vector, vector, no, no, infinite, infinite, vector, no)
+
+
+def check_settings(history, growth) -> None:
+    if isinstance(history, bool) or not isinstance(history, int) or history < 1:
+        raise ValueError(f"history must be a positive integer, got {history!r}.")
+    if not growth >= 1:
+        raise ValueError(f"growth must be at least 1, got {growth!r}.")
