@@ -25,6 +25,8 @@ from ._nodes.dynamics.neural_ode import InitialValue as InitialValue
 from ._nodes.dynamics.neural_ode import NeuralODE as NeuralODE
 from ._nodes.dynamics.neural_ode import Trajectory as Trajectory
 from ._nodes.generic.argmin import Argmin as Argmin
+from ._nodes.generic.contraction import jacobian_penalty as jacobian_penalty
+from ._nodes.generic.contraction import spectral_radius as spectral_radius
 from ._nodes.generic.fixed_point import FixedPoint as FixedPoint
 from ._nodes.generic.function import implicit as implicit
 from ._nodes.generic.root import Root as Root
