@@ -31,7 +31,7 @@ References: Johnson et al. 2016, *Composing graphical models with neural network
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import equinox as eqx
 import jax
@@ -147,7 +147,13 @@ def sweep(r: Float[Array, " K"], x: tuple[Mixture, Potential]) -> Float[Array, "
 
 
 def responsibilities(x: tuple[Mixture, Potential], guess: Float[Array, " K"], gradient: Gradient) -> Float[Array, " K"]:
-    """The fixed point of `sweep`. A datum whose sweeps have not settled keeps its last responsibilities, as constants."""
+    """The fixed point of `sweep`. A datum whose sweeps have not settled keeps its last responsibilities, as constants.
+
+    Between two components that fit a datum exactly as well, sweeps that start in the middle stay there, also where any
+    difference would grow: the derivative is then that of a point which no other start finds.
+    """
+    if gradient not in get_args(Gradient):
+        raise ValueError(f"gradient must be one of {', '.join(get_args(Gradient))}; got {gradient!r}.")
     if gradient == "unrolled":
         return jax.lax.scan(lambda r, _: (sweep(r, x), None), guess, length=100)[0]
     adjoint = dn.OneStepAdjoint() if gradient == "one-step" else dn.ImplicitAdjoint()

@@ -430,3 +430,91 @@ def test_a_collapsed_posterior_is_found(dtype):
     for solution in solve(jnp.array([0, 1e-20, 1e-14, 1e-9, 1e-6, 1e-4], dtype)):
         assert jnp.all(solution.result == dn.RESULTS.successful)
         np.testing.assert_allclose(solution.unknown.mean[:4], 0, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_many_latent_variables(dtype):
+    # Too many for Newton steps with a dense Hessian after BFGS, which alone gives half the digits.
+    d = 70
+    W = jr.normal(jr.key(0), (2 * d, d), dtype) / jnp.sqrt(jnp.asarray(d, dtype))
+    elbo = dn.ELBO(lambda z, x: -jnp.sum((x - W @ z) ** 2) / 2, dn.DiagonalGaussian(), samples=4)
+    start = dn.GaussianParameters(jnp.zeros(d, dtype), jnp.zeros(d, dtype))
+    node = dn.ELBOOptimizer(elbo, throw=False)
+    x = jr.normal(jr.key(1), (4, 2 * d), dtype)
+    solution = jax.jit(jax.vmap(lambda x: node.solve(dn.Evidence(x, start, jr.key(2)))))(x)
+    assert jnp.all(solution.result == dn.RESULTS.successful)
+    assert jnp.max(solution.stats["residual"]) < 100 * jnp.finfo(dtype).eps
+
+
+def curved(parameters, x):
+    spread = jnp.exp(2 * parameters.log_scale) / 2 * (1 + x) - parameters.log_scale
+    return -jnp.sum(x * (parameters.mean - 2) ** 2 / 2 + spread)
+
+
+def test_a_traced_rho_is_checked():
+    start, x = (
+        dn.GaussianParameters(jnp.array([0.5], jnp.float32), jnp.zeros(1, jnp.float32)),
+        jnp.array([3.0], jnp.float32),
+    )
+
+    @jax.jit
+    @jax.vmap
+    def solve(rho):
+        nodes = [
+            dn.ELBOOptimizer(curved, mode, rho=rho, family=dn.DiagonalGaussian(), throw=False)
+            for mode in ("moreau", "proximal")
+        ]
+        gradient = jax.grad(lambda start: nodes[0](x, start).loss)(start).mean
+        return gradient[0], [node.solve(dn.Evidence(x, start)).result for node in nodes]
+
+    rho = jnp.array([1e-3, 1.0, 1e4, 1e6, 1e10, 0.0, -1.0, jnp.nan], jnp.float32)
+    gradient, (moreau, proximal) = solve(rho)
+    np.testing.assert_allclose(gradient[:3], -4.5 * rho[:3] / (3 + rho[:3]), rtol=2e-3)
+    assert jnp.all(jnp.isnan(gradient[3:]))
+    bad = lambda result: np.asarray(result == dn.RESULTS.bad_rho)
+    np.testing.assert_array_equal(bad(moreau)[3:7], True)
+    np.testing.assert_array_equal(bad(proximal)[[0, 1, 2, 3, 5, 6]], [False, False, False, False, True, True])
+    with pytest.raises(ValueError, match="rho"):
+        dn.ELBOOptimizer(curved, rho=jnp.float32(1e6))(x, start)
+    with pytest.raises((ValueError, TypeCheckError), match="rho"):
+        dn.ELBOOptimizer(curved, rho=None)  # pyright: ignore[reportArgumentType]  (wrong on purpose)
+
+
+def test_guesses_priors_and_families_that_do_not_fit_are_named():
+    dist = pytest.importorskip("numpyro.distributions")
+    x = jnp.array([1.0, 2.0, 3.0])
+    start = dn.GaussianParameters(x, jnp.zeros(3))
+    for y0 in (dn.GaussianParameters(jnp.zeros(1), jnp.zeros(1)), {"mean": x}):
+        with pytest.raises(ValueError, match="y0 must have"):
+            dn.ELBOOptimizer(curved, "svi").solve(dn.Evidence(x, start), y0=y0)
+    likelihood = lambda z, x: -jnp.sum((x - z) ** 2)
+    for prior in (dist.Normal(jnp.zeros(1), 1.0).to_event(1), dist.Normal(jnp.zeros((2, 3)), 1.0).to_event(2)):
+        elbo = dn.ELBO(likelihood, dn.DiagonalGaussian(), prior)
+        with pytest.raises(ValueError, match="events of shape"):
+            elbo(start, x, jr.key(0))
+        with pytest.raises(ValueError, match="events of shape"):
+            elbo.log_evidence(start, x, jr.key(0), 5)
+    with pytest.raises(ValueError, match="samples"):
+        dn.ELBO(likelihood, dn.DiagonalGaussian()).log_evidence(start, x, jr.key(0), 0)
+    with pytest.raises((ValueError, TypeCheckError), match="CholeskyParameters"):
+        dn.ELBO(likelihood, dn.FullGaussian())(start, x, jr.key(0))
+    with pytest.raises((ValueError, TypeCheckError), match="family"):
+        dn.ELBOOptimizer(curved, family=3)  # pyright: ignore[reportArgumentType]  (wrong on purpose)
+
+    class Laplace(dn.AbstractFamily):
+        def distribution(self, parameters):
+            return dist.Laplace(parameters.mean, jnp.exp(parameters.log_scale)).to_event(1)
+
+        def standard(self, parameters):
+            return jtu.tree_map(jnp.zeros_like, parameters)
+
+    with pytest.raises(ValueError, match="define `divergence"):
+        dn.ELBOOptimizer(dn.ELBO(likelihood, Laplace()), "kl")(x, start, key=jr.key(0))
+
+
+def test_a_foreign_adjoint_knows_the_unit():
+    decoder = jnp.full((3, 2), 1e-9)
+    elbo = dn.ELBO(lambda z, x: -jnp.sum((x - decoder @ z) ** 2) / 2, dn.DiagonalGaussian(), samples=8)
+    node = dn.ELBOOptimizer(elbo, "svi", adjoint=optx.ImplicitAdjoint(), throw=False)
+    start = dn.GaussianParameters(jnp.zeros(2), jnp.zeros(2))
+    assert node.solve(dn.Evidence(jnp.array([0.3, -1.0, 0.7]), start, jr.key(0))).result == dn.RESULTS.successful

@@ -115,7 +115,9 @@ def train(config: Config) -> "tuple[TrainState, dict[str, float]]":
             halve = lambda t, _: (jnp.where(after(t) > enough, t, t / 2), None)
             t, _ = jax.lax.scan(halve, jnp.full(mixture.alpha.shape, rate, jnp.float32), length=10)
             t = jnp.where(after(t) > enough, t, 0)
-            steps = jax.tree.map(lambda slope: -scaled(t, slope), gradient)
+            steps = jax.tree.map(
+                lambda slope: jnp.where(scaled(t, jnp.ones_like(slope)) > 0, -scaled(t, slope), 0), gradient
+            )
             return eqx.tree_at(lambda model: model.mixture, updates, steps), state
 
         return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -394,7 +394,8 @@ def _no_system(unknown, inputs, factor):
 def _foreign_primal(inputs):
     *inputs, loop = inputs
     run = _run(tuple(inputs), loop)
-    return run.unknown, Run(None, run.result, run.steps, rtol=run.rtol, scale=run.scale, final=run.final)
+    kept = {name: getattr(run, name) for name in ("rtol", "scale", "unit", "final")}
+    return run.unknown, Run(None, run.result, run.steps, **kept)
 
 
 def _foreign_rewrite(unknown, _, inputs):

@@ -30,6 +30,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "solver; or shorten the time, if the equation has no solution for so long; and look whether the field can return NaN."
     )
     bad_times = "`ts` must be in order, lie between t0 and t1, and hold no NaN."
+    bad_rho = (
+        'The weight `rho` must be positive and finite, and for mode="moreau" at most a hundredth of 1 / eps of the dtype: above that, rho times a '
+        'difference of parameters has no digits left (mode="amortised" is the limit).'
+    )
     singular_jacobian = (
         "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
         "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "

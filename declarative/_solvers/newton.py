@@ -25,11 +25,12 @@ class _State(eqx.Module):
 
 
 class Newton(optx.AbstractRootFinder):
-    """Newton's method with the given linear solver."""
+    """Newton's method with the given linear solver; `tags` are lineax's, of the Jacobian."""
 
     rtol: Any
     atol: Any
     linear_solver: lx.AbstractLinearSolver
+    tags: Any = eqx.field(static=True, default=())
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
@@ -46,7 +47,7 @@ class Newton(optx.AbstractRootFinder):
 
         def solve(matvec, b):
             inner = lambda v: matvec(jnp.append(v, 0))[:-1]
-            system = LinearSystem(lx.FunctionLinearOperator(inner, struct), self.linear_solver)
+            system = LinearSystem(lx.FunctionLinearOperator(inner, struct, self.tags), self.linear_solver)
             solution, code = solve_system(system, b[:-1])
             return jnp.append(solution, code.astype(b.dtype))
 

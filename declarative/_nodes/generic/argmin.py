@@ -15,6 +15,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
@@ -27,8 +28,16 @@ from ..._core.results import RESULTS
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances
 from .root import check_function, newton, require_guess
 
-_POLISH = 256  # unknowns up to which the dense Newton steps after BFGS are cheap
 _POLISH_STEPS = 8
+_DENSE_POLISH = 64  # unknowns up to which the Hessian is formed for them
+
+
+def _polisher(size: int, dtype) -> lx.AbstractLinearSolver | None:
+    """Of many unknowns: conjugate gradients, to a few digits a step. Where the Hessian is not positive, the step is not wanted."""
+    if size <= _DENSE_POLISH:
+        return None
+    limits = jnp.finfo(dtype)
+    return lx.CG(rtol=float(limits.eps) ** 0.25, atol=float(limits.tiny), max_steps=size)
 
 
 class Argmin(AbstractDeclarativeNode):
@@ -110,10 +119,11 @@ class Argmin(AbstractDeclarativeNode):
         )
         out = minimise(self.fn, solver, y0)
         y, steps = out.value, out.stats["num_steps"]
-        if self.solver is None and sum(leaf.size for leaf in jtu.tree_leaves(y0)) <= _POLISH:
+        if self.solver is None:
+            size = sum(leaf.size for leaf in jtu.tree_leaves(y0))
             polished = optx.root_find(
                 self.optimality,
-                newton(tol.solver, scale, y0, tol.solver * least),
+                newton(tol.solver, scale, y0, tol.solver * least, _polisher(size, dtype)),
                 y,
                 x,
                 max_steps=_POLISH_STEPS,

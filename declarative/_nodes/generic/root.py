@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
 from jaxtyping import PyTree
 
@@ -86,11 +87,18 @@ class Root(AbstractDeclarativeNode):
         return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
 
 
-def newton(rtol: float, scale: Any, y0: PyTree, least: Any = 0) -> Newton:
-    """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it."""
+def newton(
+    rtol: float, scale: Any, y0: PyTree, least: Any = 0, linear_solver: lx.AbstractLinearSolver | None = None
+) -> Newton:
+    """Newton's method; quadratic convergence makes the last step far smaller than the tolerance that stops it.
+
+    `least`: an absolute tolerance; `linear_solver`: None for that of the library, or one for positive definite Jacobians.
+    """
     size = jax.eval_shape(lambda y: jnp.zeros(sum(leaf.size for leaf in jtu.tree_leaves(y)), scale.dtype), y0)
     atol = jnp.maximum(zero_tolerance(rtol) * scale, least)
-    return Newton(rtol=rtol, atol=atol, linear_solver=default_linear_solver(size))
+    if linear_solver is None:
+        return Newton(rtol=rtol, atol=atol, linear_solver=default_linear_solver(size))
+    return Newton(rtol=rtol, atol=atol, linear_solver=linear_solver, tags=lx.positive_semidefinite_tag)
 
 
 def check_function(fn, name: str):

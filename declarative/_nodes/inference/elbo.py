@@ -40,7 +40,7 @@ from ..._linear.norms import largest
 from ..._ode.trees import precision
 from ..._reversible.optimiser import ReversibleSGD
 from ..generic.argmin import Argmin
-from .families import AbstractFamily, divergence, half_squared, log_prob, scalar
+from .families import AbstractFamily, check_events, divergence, half_squared, log_prob, scalar
 
 Mode = Literal["amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl"]
 _MODES = ("amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl")
@@ -86,6 +86,8 @@ class ELBO(eqx.Module):
 
         **Reference:** Burda et al. 2016, arXiv:1509.00519.
         """
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {samples!r}.")
         z = self.family.sample(parameters, key, samples)
         joint = jax.vmap(lambda z: self._likelihood(z, x) + self._log_prior(parameters, z))(z)
         weights = joint - jax.vmap(lambda z: self.family.log_prob(parameters, z))(z)
@@ -94,12 +96,15 @@ class ELBO(eqx.Module):
     def _log_prior(self, parameters, z):
         if self.prior is None:
             return self.family.log_prob(self.family.standard(parameters), z)
+        check_events(self.family.distribution(parameters), self.prior)
         return log_prob(self.prior, z)
 
     def _divergence(self, parameters, z):
+        q = self.family.distribution(parameters)
         prior = self.family.distribution(self.family.standard(parameters)) if self.prior is None else self.prior
+        check_events(q, prior)
         try:
-            return divergence(self.family.distribution(parameters), prior).astype(z.dtype)
+            return divergence(q, prior).astype(z.dtype)
         except NotImplementedError:
             estimate = lambda z: self.family.log_prob(parameters, z) - self._log_prior(parameters, z)
             return jnp.mean(jax.vmap(estimate)(z)).astype(z.dtype)
@@ -179,7 +184,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     | `implicit`   | $\lambda^*$       | $\ell(\lambda^*)$                            | nothing: the gradient is zero      |
     | `proximal`   | $\lambda_\rho$    | $\ell(\lambda_\rho)$                         | by a linear solve                  |
     | `moreau`     | $\lambda_\rho$    | $\ell(\lambda_\rho) + \rho D$, the minimum   | $\rho\,\partial_{\lambda_0} D$     |
-    | `kl`         | $\lambda^*$       | $\ell(\lambda^*)$ + KL to a fixed $\lambda^*$ | to predict $\lambda^*$             |
+    | `kl`         | $\lambda^*$       | $\ell(\lambda^*)$ + KL to a fixed $\lambda^*$ | to predict $\lambda^*$ (first order) |
 
     where $\lambda_\rho$ minimises $\ell + \rho D(\cdot, \lambda_0)$. Both modes that have a $\rho$ go from `svi` ($\rho \to 0$) to `amortised`
     ($\rho \to \infty$). `svi` and `implicit` are one computation, under the names that it has without and with an encoder. `reversible` rounds
@@ -237,13 +242,15 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             raise ValueError(f"elbo must be a function of (parameters, x, key), got {type(elbo).__name__}.")
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}.")
-        if jnp.ndim(rho) != 0:
-            raise ValueError(f"rho must be a number or an array of shape (), got shape {jnp.shape(rho)}.")
+        if not isinstance(rho, (int, float)) and not (eqx.is_array_like(rho) and jnp.ndim(rho) == 0):
+            raise ValueError(f"rho must be a number or an array of shape (), got {rho!r}.")
         if not isinstance(rho, jax.core.Tracer) and not 0 < float(rho) < float("inf"):
             raise ValueError(f'rho must be positive and finite, got {rho!r}; for no proximal term use mode="implicit".')
         if direction not in ("reverse", "forward"):
             raise ValueError(f'direction must be "reverse" or "forward", got {direction!r}.')
         family = getattr(elbo, "family", None) if family is None else family
+        if not (family is None or isinstance(family, AbstractFamily)):
+            raise ValueError(f"family must be an AbstractFamily, got {type(family).__name__}.")
         if mode == "kl" and family is None:
             raise ValueError('mode="kl" needs the divergence of a family: pass family=..., or a declarative.ELBO.')
         if not (solver is None or isinstance(solver, (optx.AbstractMinimiser, GradientSteps))):
@@ -277,6 +284,8 @@ class ELBOOptimizer(AbstractDeclarativeNode):
 
     @property
     def modes(self) -> frozenset[str]:
+        if self.mode == "kl":  # its second derivatives hold the optimum fixed
+            return super().modes - {"higher-order"}
         return frozenset({"reverse"}) if self.mode == "reversible" else super().modes
 
     def pack(self, x):
@@ -295,10 +304,10 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             raise ValueError(f"start must have one dtype, got {' and '.join(dtypes)}.")
         if x.key is not None and not _is_key(x.key):
             raise ValueError(f"key must be one PRNG key, got {x.key!r}; a batch of keys goes through `jax.vmap`.")
-        largest_rho = 1e-2 / float(jnp.finfo(dtypes[0]).eps)
-        if self.mode == "moreau" and isinstance(self.rho, (int, float)) and self.rho > largest_rho:
+        most = _largest_rho(dtypes[0])
+        if self.mode == "moreau" and not isinstance(self.rho, jax.core.Tracer) and float(self.rho) > most:
             raise ValueError(
-                f"rho = {self.rho:g} is above {largest_rho:.0e}, where rho times a difference of {dtypes[0]} numbers has no digits left; "
+                f"rho = {float(self.rho):g} is above {most:.0e}, where rho times a difference of {dtypes[0]} numbers has no digits left; "
                 'mode="amortised" is the limit.'
             )
         try:
@@ -315,7 +324,12 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             ) from None
 
     def guess(self, x: Evidence, y0):
-        return detach_tree(x.start) if y0 is None else y0
+        if y0 is None:
+            return detach_tree(x.start)
+        like, given = (eqx.filter_eval_shape(lambda tree: tree, tree) for tree in (x.start, y0))
+        if not eqx.tree_equal(like, given):
+            raise ValueError(f"y0 must have the structure, shapes and dtype of start, {like}; got {given}.")
+        return y0
 
     def bind(self, x: Evidence, y0):
         closed = close(self.fn, y0, x.x, x.key) if x.key is not None else close(self.fn, y0, x.x)
@@ -345,7 +359,13 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         if self.mode == "kl":
             assert self.family is not None
             pair = x.start, detach_tree(y)
-            loss = loss + self.family.divergence(*(pair if self.direction == "reverse" else pair[::-1]))
+            try:
+                loss = loss + self.family.divergence(*(pair if self.direction == "reverse" else pair[::-1]))
+            except NotImplementedError as error:
+                raise ValueError(
+                    f'mode="kl" needs the divergence between two members of {type(self.family).__name__}, of which NumPyro knows no '
+                    "closed form: define `divergence(self, parameters, other)` in the family."
+                ) from error
         return Inference(y, elbo, loss)
 
     def objective(self, y: PyTree, x: Evidence):
@@ -357,6 +377,18 @@ class ELBOOptimizer(AbstractDeclarativeNode):
     # Solver
 
     def run(self, x: Evidence, y0: PyTree, loop) -> Run:
+        run = self._run(x, y0, loop)
+        if self.mode not in _PROXIMAL:
+            return run
+        # A rho that is traced was not checked at construction. Too large, its product with a difference of parameters has no digits.
+        dtype = precision(x.start)
+        rho = jnp.asarray(self.rho, dtype)
+        good = (rho > 0) & (rho <= (_largest_rho(dtype) if self.mode == "moreau" else float(jnp.finfo(dtype).max)))
+        said = RESULTS.successful if run.result is None else run.result
+        result = RESULTS.where(good, said, RESULTS.bad_rho)  # pyright: ignore  (members pass for enum items)
+        return eqx.tree_at(lambda run: run.result, run, result, is_leaf=lambda leaf: leaf is None)
+
+    def _run(self, x: Evidence, y0: PyTree, loop) -> Run:
         energy, solver = self._energy(), self.solver
         if self.mode == "amortised":
             return self._ended(x.start, x, 0)
@@ -398,6 +430,10 @@ class _Energy(eqx.Module):
             return energy
         distance = half_squared if self.family is None else self.family.distance
         return energy + jnp.asarray(self.rho, energy.dtype) * distance(y, x.start)
+
+
+def _largest_rho(dtype) -> float:
+    return 1e-2 / float(jnp.finfo(dtype).eps)
 
 
 def _arguments(y: PyTree, x: Evidence) -> tuple:

@@ -105,6 +105,8 @@ class FullGaussian(AbstractFamily):
 
     def factor(self, parameters: CholeskyParameters) -> Float[Array, "d d"]:
         # NumPyro's `LowerCholeskyTransform` takes no float32 where x64 is enabled.
+        if not isinstance(parameters, CholeskyParameters):
+            raise ValueError(f"the parameters of FullGaussian are CholeskyParameters, got {type(parameters).__name__}.")
         d, m = parameters.mean.size, parameters.triangle.size
         if m != d * (d + 1) // 2:
             raise ValueError(
@@ -138,6 +140,16 @@ def log_prob(distribution, z) -> Float[Array, ""]:
     with _relaxed():
         value = distribution.log_prob(z)
     return scalar(value, f"the log_prob of {type(distribution).__name__} at one z must be a scalar{_EVENT}")
+
+
+def check_events(q, prior) -> None:
+    """A prior over another space would be broadcast against q."""
+    ours, theirs = (getattr(distribution, "event_shape", None) for distribution in (q, prior))
+    if None not in (ours, theirs) and ours != theirs:
+        raise ValueError(
+            f"the prior must be over what the family is over, {type(q).__name__} with events of shape {ours}; it is "
+            f"{type(prior).__name__} with events of shape {theirs}. (`.to_event(...)` makes dimensions parts of one event.)"
+        )
 
 
 _EVENT = ": make all dimensions of z one event, with NumPyro's `.to_event(...)`"
