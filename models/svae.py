@@ -19,7 +19,7 @@ which a `FixedPoint` node finds in the responsibilities r. No sweep lowers the o
 
 **Gradient.** The loss is the bound with the likelihood, which is not what (1) maximises. So the derivative of r does not drop out of the
 gradient: it comes from the implicit function theorem on (1). Johnson et al. differentiate one sweep at the fixed point for the encoder
-(`OneStepAdjoint`), and leave the term out for the mixture; Bendekgey et al. add it.
+and leave the term out for the mixture; Bendekgey et al. add it. Here `OneStepAdjoint` differentiates one sweep for both.
 
 **Natural gradient.** Of a function of $\eta$ it is the ordinary gradient in $\bar t$. The loss sees $\eta$ through $\bar t$ alone, so it
 costs nothing: `expected` has the value of $\nabla A$ and the derivative of the identity, and what `jax.grad` returns for the leaves of a `Mixture`
@@ -114,7 +114,7 @@ def log_partition(natural: Mixture) -> Float[Array, ""]:
 
 
 def expected(natural: Mixture) -> Mixture:
-    """The expected statistics, with the derivative of the identity: gradients through them are natural ones."""
+    """The expected statistics, with the derivative of the identity: first derivatives through them are natural gradients."""
     value = jax.lax.stop_gradient(jax.grad(log_partition)(natural))
     return jax.tree.map(lambda value, eta: value + (eta - jax.lax.stop_gradient(eta)), value, natural)
 
@@ -127,7 +127,10 @@ def divergence(natural: Mixture, prior: Mixture) -> Float[Array, ""]:
 
 
 def posterior(r: Float[Array, " K"], statistics: Mixture, potential: Potential):
-    """Mean (D,) and covariance (D, D) of q(z) given the responsibilities: the first half of (1)."""
+    """Mean (D,) and covariance (D, D) of q(z) given the responsibilities: the first half of (1).
+
+    Its precision is diag J + sum_k r_k E Lambda_k, of which `statistics.J` holds -1/2, and that times its mean h + sum_k r_k E Lambda_k mu_k.
+    """
     covariance = jnp.linalg.inv(jnp.diag(potential.J) - 2 * jnp.tensordot(r, statistics.J, 1))
     covariance = (covariance + covariance.T) / 2
     return covariance @ (potential.h + r @ statistics.h), covariance
@@ -168,7 +171,7 @@ class Local(eqx.Module):
     mean: Float[Array, " D"]
     covariance: Float[Array, "D D"]
     divergence: Float[Array, ""]
-    """KL of q(c) q(z) from the mixture, in nats."""
+    """Of q(c) q(z) from p(c, z), expected over the mixture's parameters, in nats; with q(c) the best for this q(z), as `r` is."""
 
     def sample(self, samples: int, *, key: PRNGKeyArray) -> Float[Array, "samples D"]:
         noise = jr.normal(key, (samples, self.mean.size), self.mean.dtype)

@@ -44,7 +44,7 @@ class Policy(eqx.Module):
     - `throw`: raise `SolveError` at the call, naming the failed elements and why (also when the linear solve of the gradient
       fails). False: go on, and read the statuses.
     - `on_failure`: with `throw=False`, what a failed element returns. `"nan"` (the default, None): NaN, and NaN gradients.
-      `"zero"`: the last finite iterate (zeros if the data were not finite), and gradients that are exactly zero.
+      `"zero"`: the last finite iterate (zeros where that is not finite), and gradients that are exactly zero.
     - `max_steps`: the most steps that an iterative algorithm may take.
     """
 

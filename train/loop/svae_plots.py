@@ -41,7 +41,8 @@ def plot_svae(model: Any, rows: np.ndarray, local: Any, folder: Path, *, seed: i
 
     metrics = [row for row in read_metrics(folder / "metrics.jsonl") if "error/encoder/none" in row]
     figure, axes = plt.subplots(1, 4 if metrics else 3, figsize=(18 if metrics else 12, 4.4), layout="constrained")
-    colours = plt.get_cmap("tab20")(label % 20)
+    distinct = {k: plt.get_cmap("tab10")(i % 10) for i, k in enumerate(used)}
+    colours = [distinct.get(k, (0.6, 0.6, 0.6, 1)) for k in label]
     limit = 1.15 * np.max(np.abs(rows))
     for ax, points, title in ((axes[0], rows, "held-out rows"), (axes[1], np.asarray(local.mean), "means of q(z)")):
         ax.scatter(*points.T[:2], s=8, c=colours, lw=0)
@@ -50,9 +51,8 @@ def plot_svae(model: Any, rows: np.ndarray, local: Any, folder: Path, *, seed: i
     circle = np.stack([np.cos(angle), np.sin(angle)])
     for k in used:
         ring = np.asarray(means)[k] + 2 * (np.linalg.cholesky(np.asarray(covariances)[k]) @ circle).T
-        colour = plt.get_cmap("tab20")(k % 20)
-        axes[1].plot(*ring.T[:2], color=colour, lw=1.2)
-        axes[0].plot(*np.asarray(decode(jnp.asarray(ring, jnp.float32))[0]).T[:2], color=colour, lw=1.2)
+        axes[1].plot(*ring.T[:2], color=distinct[k], lw=1.2)
+        axes[0].plot(*np.asarray(decode(jnp.asarray(ring, jnp.float32))[0]).T[:2], color=distinct[k], lw=1.2)
     axes[2].scatter(*drawn.T[:2], s=3, color="#1f3b73", alpha=0.5, lw=0)
     axes[2].set(title="samples of the model", aspect="equal")
     for ax in (axes[0], axes[2]):

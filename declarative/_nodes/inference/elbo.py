@@ -209,7 +209,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
 
     **Smoothness:** the ELBO must be C2 in the parameters: a decoder with tanh, softplus or silu, not ReLU, whose kinks hold many minima, at which no
     gradient vanishes (the default solver then reports that it has no solution; `GradientSteps` does not ask).
-    **Raises:** `ValueError` for an unknown mode and for options that a mode has no use for; `SolveError` where no minimum is found.
+    **Raises:** `ValueError` for an unknown mode and for solvers and adjoints that a mode has no use for; `SolveError` where no minimum is found.
     """
 
     fn: Callable
