@@ -37,7 +37,7 @@ def _polisher(size: int, dtype) -> lx.AbstractLinearSolver | None:
     if size <= _DENSE_POLISH:
         return None
     limits = jnp.finfo(dtype)
-    return lx.CG(rtol=float(limits.eps) ** 0.25, atol=float(limits.tiny), max_steps=size)
+    return lx.CG(rtol=float(limits.eps) ** 0.25, atol=float(limits.tiny), max_steps=min(size, 1000))
 
 
 class Argmin(AbstractDeclarativeNode):

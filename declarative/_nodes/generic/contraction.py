@@ -33,7 +33,7 @@ def _vector_map(fn: Callable, y: PyTree, x: PyTree):
 def jacobian_penalty(
     fn: Callable[[PyTree, PyTree], PyTree], y: PyTree, x: PyTree, *, key: PRNGKeyArray, probes: int = 1
 ) -> Float[Array, ""]:
-    """Unbiased estimate of the mean squared entry of J's rows, |J|_F^2 / n, from `probes` products v^T J.
+    """Unbiased estimate of the mean squared length of a row of J, |J|_F^2 / n, from `probes` products v^T J.
 
     Add a multiple of it to the loss, with y the fixed point: it is differentiable in y, in x and in what `fn` holds. Below 1 / n it
     bounds the spectral radius below 1; in practice it is the trend that counts.

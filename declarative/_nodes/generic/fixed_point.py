@@ -37,7 +37,7 @@ class FixedPoint(AbstractDeclarativeNode):
     - `fn`: `fn(y, x) -> y`, shaped like `y`; pytrees of float32 or float64 arrays. Arrays that it closes over, and those of an
       Equinox module passed as `fn`, get their gradients. It must be forward-differentiable.
     - `solver`: any optimistix solver that `optx.fixed_point` takes, used verbatim; None: Picard iteration at the tolerance of
-      the dtype.
+      the dtype. `Anderson` and `Broyden` need far fewer evaluations where `fn` contracts slowly, and no contraction.
     - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
