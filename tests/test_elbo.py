@@ -518,3 +518,14 @@ def test_a_foreign_adjoint_knows_the_unit():
     node = dn.ELBOOptimizer(elbo, "svi", adjoint=optx.ImplicitAdjoint(), throw=False)
     start = dn.GaussianParameters(jnp.zeros(2), jnp.zeros(2))
     assert node.solve(dn.Evidence(jnp.array([0.3, -1.0, 0.7]), start, jr.key(0))).result == dn.RESULTS.successful
+
+
+@pytest.mark.parametrize("mode", ["moreau", "proximal", "unrolled", "reversible"])
+def test_steps_that_diverge_say_so(mode):
+    # An objective of the fourth degree, so that too long a step runs off within a few.
+    elbo = lambda parameters, x: -jnp.sum((parameters.mean - x) ** 4 + parameters.log_scale**2)
+    node = dn.ELBOOptimizer(elbo, mode, solver=dn.GradientSteps(30, 10.0, 0.5), throw=False)
+    start = dn.GaussianParameters(jnp.ones(1), jnp.zeros(1))
+    solution = node.solve(dn.Evidence(jnp.zeros(1), start))
+    assert solution.result == dn.RESULTS.steps_diverged
+    assert "learning_rate" in solution.report()

@@ -437,6 +437,7 @@ def test_wrong_arguments_are_explained(args, message, capsys):
 
 
 def test_other_wrong_arguments(tmp_path):
+    assert jax.devices()  # before JAX has started, as many devices of a CPU as are asked for are made
     with pytest.raises(ValueError, match="devices is 64, but this process sees"):
         start(64)
     with pytest.raises(ValueError, match="patch must divide the image"):

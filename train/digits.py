@@ -69,7 +69,7 @@ class Config(RunConfig):
 
     def __post_init__(self):
         self.check_at_least_one("patch width depth heads steps batch_size")
-        for name in ("lr", "weight_decay", "seed"):
+        for name in ("lr", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}.")
         if not 1 < self.alpha <= 4 or (self.attention == "entmax" and self.alpha >= 2):

@@ -34,6 +34,10 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         'The weight `rho` must be positive and finite, and for mode="moreau" at most a hundredth of 1 / eps of the dtype: above that, rho times a '
         'difference of parameters has no digits left (mode="amortised" is the limit).'
     )
+    steps_diverged = (
+        "The gradient steps ran off to infinity or NaN: lower `learning_rate` in `GradientSteps`, or shorten long gradients with `max_norm`. "
+        "(If one step is enough for it, the objective is not finite where they start.)"
+    )
     singular_jacobian = (
         "The backward linear solve failed: dF/dy is singular (or nearly so) at the solution, so the solution is not a "
         "differentiable function of the data there. Run `declarative.conditions`, regularise the problem, or use "

@@ -39,7 +39,7 @@ class RunConfig:
 
     def check_at_least_one(self, names: str) -> None:
         if getattr(self, "seed", 0) < 0:
-            raise ValueError(f"seed must be at least 0, but is {self.seed}.")  # pyright: ignore[reportAttributeAccessIssue]  (of the script's)
+            raise ValueError(f"seed must not be negative, but is {self.seed}.")  # pyright: ignore[reportAttributeAccessIssue]  (of the script's)
         for name in [*names.split(), "log_every", "eval_every", "save_every"]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}.")

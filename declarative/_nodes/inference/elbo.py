@@ -19,6 +19,7 @@ Moreau 1965, *Proximite et dualite dans un espace hilbertien* (the envelope). Th
 gradient answers a question that Chiu 2021, section 5, leaves open.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, Literal
@@ -406,14 +407,15 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             if self.mode == "unrolled":
                 return self._ended(y, x, solver.steps)
             # Held to no tolerance: that is what the user asked for.
-            return Run(y, steps=jnp.asarray(solver.steps, jnp.int32), rtol=float("inf"))
+            return dataclasses.replace(self._ended(y, x, solver.steps), rtol=float("inf"))
         unit = None if self.family is None else self.family.unit
         return Argmin(energy, solver, policy=self.policy).run(x, y0, loop, unit)
 
     def _ended(self, y: PyTree, x: Evidence, steps: int) -> Run:
         """Not a solution of anything: all that can be asked is that its ELBO is a number."""
         finite = jnp.isfinite(self._energy()(y, x))
-        result = RESULTS.where(finite, RESULTS.successful, RESULTS.nonfinite)  # pyright: ignore  (members pass for enum items)
+        failure = RESULTS.steps_diverged if steps else RESULTS.nonfinite
+        result = RESULTS.where(finite, RESULTS.successful, failure)  # pyright: ignore  (members pass for enum items)
         return Run(y, result, jnp.asarray(steps, jnp.int32))
 
 
