@@ -22,10 +22,10 @@ SHORT: dict[str, Any] = dict(
 @pytest.mark.parametrize(
     "gamma",
     [
-        pytest.param(0.32, marks=pytest.mark.slow),
+        pytest.param(0.32, marks=pytest.mark.full),
         0.8,
         pytest.param(2.0, marks=pytest.mark.slow),
-        pytest.param(5.0, marks=pytest.mark.slow),
+        pytest.param(5.0, marks=pytest.mark.full),
     ],
 )
 def test_an_affine_decoder_is_probabilistic_pca(gamma):
@@ -86,7 +86,7 @@ def random_isings(n: int, count: int, strength: float) -> mean_field.Ising:
     return mean_field.Ising(strength * jr.normal(second, (count, n)), W + W.mT)
 
 
-@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow), 5, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.full), 5, pytest.param(12, marks=pytest.mark.slow)])
 def test_mean_field_bounds_the_partition_function(n):
     gaps = []
     for strength in (0.0, 0.3, 1.0, 3.0):

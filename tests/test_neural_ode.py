@@ -24,8 +24,8 @@ def gradient(node, ts=None):
 @pytest.mark.parametrize(
     "solver",
     [
-        pytest.param(dn.Reversible(dfx.Bosh3()), marks=pytest.mark.slow),
-        pytest.param(dfx.ReversibleHeun(), marks=pytest.mark.slow),
+        pytest.param(dn.Reversible(dfx.Bosh3()), marks=pytest.mark.full),
+        pytest.param(dfx.ReversibleHeun(), marks=pytest.mark.full),
         dn.AsynchronousLeapfrog(),
     ],
     ids=["coupled", "reversible heun", "leapfrog"],
@@ -90,7 +90,7 @@ def test_backsolve_is_close_and_reaches_what_a_field_closes_over(kind):
     "adjoint",
     [
         None,
-        pytest.param(dfx.RecursiveCheckpointAdjoint(), marks=pytest.mark.slow),
+        pytest.param(dfx.RecursiveCheckpointAdjoint(), marks=pytest.mark.full),
         pytest.param(dn.ReversibleAdjoint(on_drift="checkpoint", tolerance=1e-30), marks=pytest.mark.slow),
     ],
     ids=["default", "checkpoints", "fallback"],

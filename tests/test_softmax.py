@@ -17,7 +17,7 @@ THETA = jnp.array([0.31, -1.2, 0.93, 0.12])
 
 @pytest.mark.parametrize(
     "temperature",
-    [1.0, pytest.param(0.4, marks=pytest.mark.slow), pytest.param(jnp.array(2.5), marks=pytest.mark.slow)],
+    [1.0, pytest.param(0.4, marks=pytest.mark.full), pytest.param(jnp.array(2.5), marks=pytest.mark.full)],
     ids=str,
 )
 def test_three_routes_agree(temperature):
