@@ -14,7 +14,8 @@ from jaxtyping import TypeCheckError
 
 import declarative as dn
 
-from .helpers import BIAS, WEIGHT, contraction, tree_close
+from .helpers import tree_close
+from .rows.core import BIAS, WEIGHT, contraction
 
 Y0 = jnp.zeros(4)
 

@@ -13,7 +13,8 @@ from jaxtyping import TypeCheckError
 
 import declarative as dn
 
-from .helpers import EVIDENCE, linear_elbo, tree_close
+from .helpers import tree_close
+from .rows.core import EVIDENCE, linear_elbo
 
 FAMILY = dn.DiagonalGaussian()
 KEY = jr.key(3)

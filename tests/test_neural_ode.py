@@ -10,7 +10,8 @@ import pytest
 
 import declarative as dn
 
-from .helpers import WEIGHT, flow, tree_close
+from .helpers import tree_close
+from .rows.core import WEIGHT, flow
 
 Y0 = jnp.array([0.3, -0.5, 0.8, 0.1])
 TIMES = jnp.array([0.0, 0.13, 0.5, 0.97, 1.0])

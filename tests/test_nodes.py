@@ -4,7 +4,7 @@ import pytest
 
 from declarative.testing import check_node
 
-from .helpers import CASES, ROWS, case_id
+from .rows import CASES, ROWS, case_id
 
 
 def _check(row, adjoint, full):
