@@ -8,8 +8,10 @@ the point at which $g$ would vanish were $T$ affine and the differences enough. 
 
 - The differences are scaled to length 1 before their Gram matrix is formed, so that `ridge` is relative: lengths span as many orders of
   magnitude as the iteration converges through, and in float32 a Gram matrix of unscaled ones has no digits left for the short ones.
-- The m x m system is eliminated in place, without LAPACK: a batch of these tiny systems costs a few products (and cannot meet the deadlock
-  of docs/design.md).
+- The Gram matrix is kept, and gains a row with each difference. The m x m system is eliminated entry by entry, without LAPACK: a batch of
+  these tiny systems costs next to nothing (and cannot meet the deadlock of docs/design.md).
+- The newest difference enters (1) beside the stored ones, not through them: under `jax.vmap` the history is then written once a step, with
+  what keeps finished lanes as they are.
 - Extrapolations that fail are taken back, and the best point is what a solve that runs out of steps returns: see `safeguard.py`.
 
 Every example of a batch (`jax.vmap`) has its own differences and its own restarts.
@@ -27,15 +29,16 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from .._core.implicit import norm
-from .safeguard import Progress, begin, check_settings
+from .._linear.norms import largest
+from .safeguard import Progress, begin, check_settings, reciprocal_length
 
 
 class _State(eqx.Module):
     progress: Progress
-    # Differences; row `count % m` is the next to be replaced.
+    # Differences divided by the length of that of g; row `count % m` is the next to be replaced. `gram` is `changes @ changes.T`, ridge and all.
     values: Float[Array, "m n"]
     changes: Float[Array, "m n"]
+    gram: Float[Array, "m m"]
     count: Int[Array, ""]
 
 
@@ -65,7 +68,7 @@ class Anderson(optx.AbstractFixedPointSolver):
         del fn, args, options, f_struct, aux_struct, tags
         progress = begin(y)
         rows = jnp.zeros((self.history, progress.y.size), progress.y.dtype)
-        return _State(progress, rows, rows, jnp.zeros((), jnp.int32))
+        return _State(progress, rows, rows, jnp.eye(self.history, dtype=rows.dtype), jnp.zeros((), jnp.int32))
 
     def step(self, fn, y, args, options, state, tags):
         del options, tags
@@ -75,15 +78,26 @@ class Anderson(optx.AbstractFixedPointSolver):
         before, g = state.progress, value - vector
         progress, lost = before.advance(vector, value, self.rtol, self.atol, self.growth)
 
-        slot = (jnp.arange(self.history, dtype=jnp.int32) == state.count % self.history)[:, None]
-        learn = lambda rows, row: jnp.where(lost, 0, jnp.where(slot & before.started, row[None], rows))
-        values = learn(state.values, value - before.value)
-        changes = learn(state.changes, g - (before.value - before.y))
-        count = jnp.where(lost, 0, state.count + before.started.astype(jnp.int32))
-
+        slot = (jnp.arange(self.history, dtype=jnp.int32) == state.count % self.history) & before.started
+        difference = g - (before.value - before.y)
+        scale = reciprocal_length(difference, jax.lax.stop_gradient(jnp.maximum(largest(g), before.size)))
+        # One that vanishes counts as absent: a row of zeros, with 1 on the diagonal.
         ridge = 100 * float(jnp.finfo(g.dtype).eps) if self.ridge is None else self.ridge
-        following = jnp.where(lost, before.value, value - _combination(values, changes, g, ridge))
-        return unravel(jnp.where(progress.settled, value, following)), _State(progress, values, changes, count), aux
+        change, step = scale * difference, scale * (value - before.value)
+        own = jnp.where(scale > 0, change @ change + ridge, 1)
+
+        products = jnp.where(slot, own, state.changes @ change)
+        gram = jnp.where(slot[:, None], products[None], jnp.where(slot[None], products[:, None], state.gram))
+        gamma = _eliminate(gram, jnp.where(slot, change @ g, state.changes @ g))
+        newest = jnp.sum(jnp.where(slot, gamma, 0))
+        combination = jnp.where(slot, 0, gamma) @ state.values + newest * step
+        following = jnp.where(lost, before.value, value - combination)
+
+        learn = lambda rows, row: jnp.where(lost, 0, jnp.where(slot[:, None], row[None], rows))
+        gram = jnp.where(lost, jnp.eye(self.history, dtype=g.dtype), gram)
+        count = jnp.where(lost, 0, state.count + before.started.astype(jnp.int32))
+        state = _State(progress, learn(state.values, step), learn(state.changes, change), gram, count)
+        return unravel(jnp.where(progress.settled, value, following)), state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags
@@ -94,22 +108,15 @@ class Anderson(optx.AbstractFixedPointSolver):
         return state.progress.best_of(y), aux, {}
 
 
-def _combination(values, changes, g, ridge: float):
-    """sum_i gamma_i values_i with the gamma of (1); rows of zeros count as absent."""
-    # Any length will do that is right to a few digits, so it is a constant here; squares of small entries underflow without it.
-    length = jax.lax.stop_gradient(jax.vmap(norm)(changes))
-    present = length > 0
-    scale = jnp.where(present, 1 / jnp.where(present, length, 1), 0)
-    unit = scale[:, None] * changes
-    absent = jnp.diag(jnp.where(present, ridge, 1)).astype(g.dtype)
-    gamma = _eliminate(unit @ unit.T + absent, unit @ g)
-    return (scale * gamma) @ values
-
-
 def _eliminate(matrix: Float[Array, "m m"], vector: Float[Array, " m"]) -> Float[Array, " m"]:
-    """Solves a symmetric positive definite system by Gauss-Jordan elimination; no pivoting is needed."""
-    rows = jnp.concatenate([matrix, vector[:, None]], axis=1)
-    for k in range(vector.size):
-        pivot = rows[k] / rows[k, k]
-        rows = (rows - rows[:, k : k + 1] * pivot[None]).at[k].set(pivot)
-    return rows[:, -1]
+    """Solves a symmetric positive definite system; no pivoting is needed. One number at a time, which the compiler fuses."""
+    m = vector.size
+    a, x = [list(row) for row in matrix], list(vector)
+    for k in range(m):
+        for i in range(k + 1, m):
+            factor = a[i][k] / a[k][k]
+            a[i] = [a[i][j] - factor * a[k][j] if j > k else a[i][j] for j in range(m)]
+            x[i] = x[i] - factor * x[k]
+    for k in reversed(range(m)):
+        x[k] = (x[k] - sum((a[k][j] * x[j] for j in range(k + 1, m)), jnp.zeros_like(x[k]))) / a[k][k]
+    return jnp.stack(x)

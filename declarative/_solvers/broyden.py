@@ -28,7 +28,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from .._core.implicit import norm
-from .safeguard import Progress, begin, check_settings
+from .._linear.norms import largest
+from .safeguard import Progress, begin, check_settings, reciprocal_length
 
 
 class _State(eqx.Module):
@@ -71,22 +72,29 @@ class Broyden(optx.AbstractFixedPointSolver):
         before, g = state.progress, value - vector
         progress, lost = before.advance(vector, value, self.rtol, self.atol, self.growth)
 
-        slot = (jnp.arange(self.history, dtype=jnp.int32) == state.count % self.history)[:, None]
-        us, vs = jnp.where(slot, 0, state.us), jnp.where(slot, 0, state.vs)
-        length = jax.lax.stop_gradient(norm(vector - before.y))
-        scale = jnp.where(length > 0, 1 / jnp.where(length > 0, length, 1), 0)
-        s, change = scale * (vector - before.y), scale * (g - (before.value - before.y))
-        image, row = (vs @ change) @ us - change, (us @ s) @ vs - s
+        slot = jnp.arange(self.history, dtype=jnp.int32) == state.count % self.history
+        dropped = lambda coefficients: jnp.where(slot, 0, coefficients)
+        difference = vector - before.y
+        scale = reciprocal_length(difference, jax.lax.stop_gradient(largest(difference)))
+        s, change = scale * difference, scale * (g - (before.value - before.y))
+        # H of the pairs that stay, applied to `change` from the left and to `s` from the right.
+        image = dropped(state.vs @ change) @ state.us - change
+        row = dropped(state.us @ s) @ state.vs - s
         pivot = s @ image
         sound = jnp.abs(pivot) > 1e-3 * jax.lax.stop_gradient(norm(image))
         learnt = before.started & ~lost & sound
-        us = jnp.where(slot & learnt, ((s - image) / jnp.where(sound, pivot, 1))[None], jnp.where(learnt, us, state.us))
-        vs = jnp.where(slot & learnt, row[None], jnp.where(learnt, vs, state.vs))
-        us, vs = jnp.where(lost, 0, us), jnp.where(lost, 0, vs)
-        count = jnp.where(lost, 0, state.count + learnt.astype(jnp.int32))
+        u = (s - image) / jnp.where(sound, pivot, 1)
 
-        following = jnp.where(lost, before.value, value - (vs @ g) @ us)
-        return unravel(jnp.where(progress.settled, value, following)), _State(progress, us, vs, count), aux
+        # Beside the stored pairs, not through them: see `anderson.py`.
+        put = slot & learnt
+        newest = jnp.where(learnt, row @ g, 0)
+        following = value - (jnp.where(put, 0, state.vs @ g) @ state.us + newest * u)
+        following = jnp.where(lost, before.value, following)
+
+        learn = lambda rows, row: jnp.where(lost, 0, jnp.where(put[:, None], row[None], rows))
+        count = jnp.where(lost, 0, state.count + learnt.astype(jnp.int32))
+        state = _State(progress, learn(state.us, u), learn(state.vs, row), count)
+        return unravel(jnp.where(progress.settled, value, following)), state, aux
 
     def terminate(self, fn, y, args, options, state, tags):
         del fn, y, args, options, tags

@@ -14,7 +14,6 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._core.implicit import norm
 from .._linear.norms import largest
 
 
@@ -23,6 +22,7 @@ class Progress(eqx.Module):
 
     y: Float[Array, " n"]
     value: Float[Array, " n"]
+    size: Float[Array, ""]
     started: Bool[Array, ""]
     extrapolated: Bool[Array, ""]
     # Least |T(y) - y| since the restart, and over all, with T there.
@@ -35,19 +35,21 @@ class Progress(eqx.Module):
         self, y: Float[Array, " n"], value: Float[Array, " n"], rtol: Any, atol: Any, growth: float
     ) -> tuple["Progress", Bool[Array, ""]]:
         """After T was evaluated at `y`: what is known now, and whether the step to `y` is to be taken back."""
-        # They decide and are not differentiated (unrolled, the root of zero would be).
-        change, size = jax.lax.stop_gradient((largest(value - y), norm(value - y)))
+        # They decide and are not differentiated.
+        size = jax.lax.stop_gradient(largest(value - y))
         lost = self.extrapolated & ~(size <= growth * self.least)  # true for NaN
         better = size < self.best
+        keep = lambda new, old: jnp.where(lost, old, new)
         new = Progress(
-            y=jnp.where(lost, self.y, y),
-            value=jnp.where(lost, self.value, value),
+            y=keep(y, self.y),
+            value=keep(value, self.value),
+            size=keep(size, self.size),
             started=jnp.ones((), bool),
             extrapolated=self.started & ~lost,
             least=jnp.where(lost, jnp.inf, jnp.minimum(size, self.least)),
             best=jnp.where(better, size, self.best),
             best_value=jnp.where(better, value, self.best_value),
-            settled=change <= rtol * largest(value) + atol,
+            settled=size <= rtol * jax.lax.stop_gradient(largest(value)) + atol,
         )
         return new, lost
 
@@ -61,7 +63,17 @@ class Progress(eqx.Module):
 def begin(y: PyTree) -> Progress:
     vector, _ = ravel_pytree(jtu.tree_map(jnp.zeros_like, y))
     infinite, no = jnp.full((), jnp.inf, vector.dtype), jnp.zeros((), bool)
-    return Progress(vector, vector, no, no, infinite, infinite, vector, no)
+    return Progress(vector, vector, infinite, no, no, infinite, infinite, vector, no)
+
+
+def reciprocal_length(vector: Float[Array, " n"], size: Float[Array, ""]) -> Float[Array, ""]:
+    """1 / |vector| for a vector with entries of at most about `size`; 0 if it is nothing beside that.
+
+    One pass, where a norm that is safe on its own takes two. A constant in derivatives: any length will do that is right to a few digits.
+    """
+    unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    length = jnp.sqrt(jnp.sum((vector * unit) ** 2))
+    return jax.lax.stop_gradient(jnp.where(length > 0, unit / jnp.where(length > 0, length, 1), 0))
 
 
 def check_settings(history, growth) -> None:
