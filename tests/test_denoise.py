@@ -76,7 +76,7 @@ def test_any_operator_and_weights_give_the_minimum(getkey):
         assert np.all(excess >= jnp.sum(step**2, axis=1) / 2 - 1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_gradient_against_finite_differences(getkey):
     config = DenoiseConfig(length=14, filters=3, window=5, weight=8.0)
     model = make(config, key=getkey())

@@ -189,7 +189,7 @@ def test_minimum_residual():
     np.testing.assert_allclose(twice @ x, jnp.append(b, b[6:]), atol=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_hostile_programs_by_operators():
     wrong, tally = hostile_run([(3, 4, 1), (6, 8, 2)], range(4), operators=True)
     assert not wrong

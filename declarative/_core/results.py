@@ -19,7 +19,16 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
     infeasible = "The problem has no feasible point."
     unbounded = "The objective is unbounded below on the feasible set."
     indefinite = "The problem is not convex where the solver needs it to be."
+    not_unique = (
+        "The solution is not unique to working accuracy, so it is not a differentiable function of the data: a matrix of deficient rank, "
+        "equal eigenvalues, or measurements that leave a direction free. Regularise the problem, or see the node's options for this case."
+    )
+    empty = "Nothing takes part: every entry is masked or has weight zero. Give each row (each channel) at least one."
     dependent_equations = "More equations depend on one another than the node provides for. Remove rows of `A`, or raise `dependent_equations`."
+    support_overflow = (
+        "The solution has more non-zero coefficients than the gradient has room for: raise `k_max` (None always suffices), or the "
+        "regularisation."
+    )
     ode_unfinished = (
         "The differential equation was not solved up to its end: the steps ran out, or could not be made small enough. Raise "
         "`max_steps` or loosen the controller's tolerances; if the equation is stiff, use an implicit solver; if its solution runs "

@@ -39,10 +39,8 @@ class Dense(lx.AbstractLinearSolver):
             raise ValueError(f"the operator must be square, got {operator.out_size()} x {operator.in_size()}.")
         structures = tuple(_hashable(tree) for tree in (operator.in_structure(), operator.out_structure()))
         matrix = operator.as_matrix()
-        rows = power_of_two(jnp.max(jnp.abs(matrix), axis=1, initial=0))[:, None]
-        columns = power_of_two(jnp.max(jnp.abs(rows * matrix), axis=0, initial=0))[None, :]
-        inverse, pivots = _invert(rows * matrix * columns)
-        return DenseState(matrix, columns.T * inverse * rows.T, pivots, structures, False)
+        inverse, pivots = _equilibrated_inverse(matrix)
+        return DenseState(matrix, inverse, pivots, structures, False)
 
     def compute(self, state, vector, options):
         del options
@@ -86,6 +84,18 @@ def _lu_inverse(matrix: Float[Array, "n n"]) -> tuple[Float[Array, "n n"], Float
 
 
 _invert = over_lanes(_lu_inverse)
+
+
+def _equilibrated_inverse(matrix):
+    rows = power_of_two(jnp.max(jnp.abs(matrix), axis=1, initial=0))[:, None]
+    columns = power_of_two(jnp.max(jnp.abs(rows * matrix), axis=0, initial=0))[None, :]
+    inverse, pivots = _invert(rows * matrix * columns)
+    return columns.T * inverse * rows.T, pivots
+
+
+def inverse(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """By LU of the equilibrated matrix; not finite where that is singular."""
+    return _equilibrated_inverse(matrix)[0]
 
 
 @over_lanes

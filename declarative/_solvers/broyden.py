@@ -50,7 +50,7 @@ class Broyden(optx.AbstractFixedPointSolver):
 
     rtol: Any
     atol: Any
-    history: int = eqx.field(static=True, default=20)
+    history: int = eqx.field(static=True, default=40)
     growth: float = eqx.field(static=True, default=10.0)
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True, default=optx.max_norm)

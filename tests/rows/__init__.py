@@ -1,12 +1,8 @@
 """The table of nodes: what to build, on which data, against which reference. A new node is one row in the module of its family."""
 
-from . import constrained, core, geometry, ordering, polytopes, pooling, projections, proximal, transport
+from . import constrained, core, geometry, pooling, projections, proximal
 
-ROWS = [
-    row
-    for family in (core, projections, polytopes, ordering, transport, proximal, constrained, pooling, geometry)
-    for row in family.ROWS
-]
+ROWS = [row for family in (core, projections, proximal, constrained, pooling, geometry) for row in family.ROWS]
 
 CASES = [(row, adjoint) for row in ROWS for adjoint in row.adjoints]
 

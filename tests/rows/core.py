@@ -22,6 +22,11 @@ def contraction(y, x):
     return jnp.tanh(weight @ y + bias)
 
 
+def wide_contraction(y, x):
+    weight, bias = x
+    return jnp.tanh((y.reshape(10, 4) @ weight).reshape(40) + 0.3 * jnp.roll(y, 1) + bias)
+
+
 def cubic(y, x):
     return {"u": y["u"] ** 3 + y["u"] - x["a"] + 0.1 * y["v"], "v": 2 * y["v"] - jnp.sum(jnp.sin(y["u"])) - x["b"]}
 
@@ -140,7 +145,15 @@ ROWS = [
         y0=jnp.zeros(4),
         reference=picard_reference,
         failures={"nonlinear_max_steps_reached": (-3 * jnp.eye(4), 0.1 * BIAS)},
-        adjoints=(None, dn.ImplicitAdjoint(), dn.NeumannAdjoint(60), dn.UnrolledAdjoint()),
+        adjoints=(None, dn.ImplicitAdjoint(), dn.NeumannAdjoint(60), dn.PhantomAdjoint(120, 0.5), dn.UnrolledAdjoint()),
+    ),
+    Row(
+        "fixed-point-of-many",  # enough unknowns for the products of `biconjugate.py`
+        lambda **kw: dn.FixedPoint(wide_contraction, **{"max_steps": 300, **kw}),
+        (WEIGHT, jr.normal(jr.key(3), (40,))),
+        y0=jnp.zeros(40),
+        failures={"nonlinear_max_steps_reached": (-30 * jnp.eye(4), jr.normal(jr.key(3), (40,)))},
+        fast=False,
     ),
     Row(
         "root",
@@ -215,7 +228,7 @@ ROWS = [
             EVIDENCE,
             reference=linear_inference(0.0 if mode == "implicit" else 0.7, mode == "moreau"),
             failures={"nonfinite_data": eqx.tree_at(lambda e: e.x["x"], EVIDENCE, jnp.full(3, jnp.nan))},
-            slow=mode != "moreau",
+            fast=mode == "moreau",  # the others in the full tier only
         )
         for mode in ("implicit", "proximal", "moreau")
     ),

@@ -27,12 +27,16 @@ HEALTH = ("solves", "forward_failures", "backward_failures", "forward_residual",
 
 
 class TrainState(eqx.Module):
-    """All that changes in a run, and all that a checkpoint holds. `step` counts finished updates; `key` never changes."""
+    """All that changes in a run, and all that a checkpoint holds. `step` counts finished updates; `key` never changes.
+
+    `carried` is what the loss hands from step to step without a gradient, such as guesses of inner solves; None, nothing.
+    """
 
     step: Int[Array, ""]
     model: PyTree
     opt_state: PyTree
     key: PRNGKeyArray
+    carried: PyTree = None
 
 
 class NonFiniteError(FloatingPointError):
@@ -42,7 +46,7 @@ class NonFiniteError(FloatingPointError):
 def fit(
     model: PyTree,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[PyTree, PyTree, PRNGKeyArray], tuple[Array, dict[str, Array]]],
+    loss: Callable[..., tuple[Array, Any]],
     batches: Callable[[int], PyTree],
     *,
     steps: int,
@@ -50,6 +54,7 @@ def fit(
     config: dict[str, Any],
     mesh: Mesh,
     key: PRNGKeyArray,
+    carried: PyTree = None,
     evaluate: Callable[[PyTree], Iterable[tuple[str, float]]] | None = None,
     log_every: int = 10,
     eval_every: int = 100,
@@ -62,6 +67,7 @@ def fit(
     **Arguments:**
     - `loss(model, batch, key)` returns the mean over the batch, and a flat dict of scalars that is logged. A name that ends
       in `failures` is a count, and is named in the error if the run stops.
+    - `carried`: with it, `loss(model, batch, key, carried)` returns the mean, and a pair: the dict, and `carried` for the next step.
     - `batches(step)`: this process's rows of the batch of update `step + 1`, NumPy. A pure function of `step` (see
       `data.shuffled_batches`): with the key of step s folded from (key, s), an interrupted run continues exactly.
     - `config`: what determines the result, as JSON; a directory that holds a run of another one is refused.
@@ -76,7 +82,7 @@ def fit(
 
     with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with its integer step count
         opt_state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    state = put_replicated(TrainState(jnp.zeros((), jnp.int32), model, opt_state, key), mesh)
+    state = put_replicated(TrainState(jnp.zeros((), jnp.int32), model, opt_state, key, carried), mesh)
 
     manager = open_run(directory, config, resume=resume)
     if manager.latest_step() is not None:
@@ -89,7 +95,9 @@ def fit(
         batch = eqx.filter_shard(batch, by_rows(mesh))
         step_key = jr.fold_in(state.key, state.step)
         gradient_of = value_and_grad_with_health(loss, has_aux=True, per_element=False)
-        (value, aux), gradient, health = gradient_of(state.model, batch, step_key)
+        more = () if state.carried is None else (state.carried,)
+        (value, aux), gradient, health = gradient_of(state.model, batch, step_key, *more)
+        aux, kept = (aux, None) if state.carried is None else aux
         params = eqx.filter(state.model, eqx.is_inexact_array)
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, params)
@@ -98,7 +106,7 @@ def fit(
         norms = {"gradient_norm": optax.tree.norm(gradient), "parameter_norm": optax.tree.norm(parameters)}
         metrics = {"loss": value, **norms, **aux}
         metrics |= {f"solver/{name}": getattr(health, name) for name in HEALTH}
-        new = TrainState(state.step + 1, model, opt_state, state.key)
+        new = TrainState(state.step + 1, model, opt_state, state.key, kept)
         return eqx.filter_shard((new, metrics), replicated(mesh))
 
     main = jax.process_index() == 0  # only this process writes metrics and draws the bar

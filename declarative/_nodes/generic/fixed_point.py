@@ -4,25 +4,33 @@ r"""Fixed point of a user's function.
 **Optimality.**  $F(y, x) = T(y, x) - y$                                                                             (K1)
 **Solver.**      Picard iteration $y \leftarrow T(y, x)$, which converges where $T(\cdot, x)$ is a contraction.
 **Gradient.**    Implicit function theorem on (K1): $(I - \partial_y T)\,\mathrm dy = \partial_x T\,\mathrm dx$, wherever 1 is no
-                 eigenvalue of $\partial_y T$. `step` is $T$ itself, so every adjoint applies.
+                 eigenvalue of $\partial_y T$, by products with the Jacobian as long as that converges (`biconjugate.py`). `step` is $T$
+                 itself, so every adjoint applies.
 """
 
 from collections.abc import Callable
 from typing import Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import lineax as lx
 import optimistix as optx
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from ..._core.adjoint import PlainLoop
+from ..._core.adjoint import PlainLoop, QuasiNewtonAdjoint
 from ..._core.closure import close
-from ..._core.implicit import Run, typical_scale
+from ..._core.implicit import LinearSystem, Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
+from ..._linear.biconjugate import NearIdentity, NearIdentityState
+from ..._solvers.broyden import Broyden
 from ..._solvers.picard import Picard
 from .root import check_function, check_shape, require_guess
+
+_SMALL = 32  # unknowns up to which elimination is the shorter way
 
 _Solver = (
     optx.AbstractFixedPointSolver | optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
@@ -38,7 +46,8 @@ class FixedPoint(AbstractDeclarativeNode):
       Equinox module passed as `fn`, get their gradients. It must be forward-differentiable.
     - `solver`: any optimistix solver that `optx.fixed_point` takes, used verbatim; None: Picard iteration at the tolerance of
       the dtype. `Anderson` and `Broyden` need far fewer evaluations where `fn` contracts slowly, and no contraction.
-    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`.
+    - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`. Cheaper and biased: `OneStepAdjoint`, `NeumannAdjoint`, `PhantomAdjoint`, and
+      behind `Broyden` `QuasiNewtonAdjoint`.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
     **Returns:** `y`, a pytree like `y0`. No gradient flows to `y0` except through `UnrolledAdjoint`.
@@ -65,6 +74,10 @@ class FixedPoint(AbstractDeclarativeNode):
         self.solver = solver
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
+        if isinstance(adjoint, QuasiNewtonAdjoint) and not isinstance(solver, Broyden):
+            raise ValueError(
+                f"QuasiNewtonAdjoint needs the inverse that solver=Broyden(...) leaves; solver is {solver!r}."
+            )
 
     def guess(self, x, y0):
         return require_guess(self, y0, x)
@@ -88,4 +101,15 @@ class FixedPoint(AbstractDeclarativeNode):
         out = optx.fixed_point(
             self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )
-        return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
+        inverse = (out.state.us, out.state.vs) if isinstance(solver, Broyden) else None
+        return Run(out.value, out.result, out.stats["num_steps"], inverse, rtol=solver_rtol(self.solver), scale=scale)
+
+    def linear_system(self, y, x, factor):
+        vector, unravel = ravel_pytree(y)
+        if factor is None and vector.size <= _SMALL:
+            return None
+        _, product = jax.linearize(lambda vector: ravel_pytree(self.optimality(unravel(vector), x))[0], vector)
+        operator = lx.FunctionLinearOperator(product, jax.ShapeDtypeStruct(vector.shape, vector.dtype))
+        # As many products as elimination would need to see the matrix, or what a slow contraction needs.
+        solver = NearIdentity(tolerances(vector.dtype).solver, max_steps=min(vector.size, 1000))
+        return LinearSystem(operator, solver, NearIdentityState(operator, factor))
