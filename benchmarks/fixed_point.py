@@ -157,7 +157,7 @@ def from_jaxopt(kind: str, vmapped: bool):
         return None, None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import jaxopt
+        jaxopt = importlib.import_module("jaxopt")
 
     def build(fn, steps, tol):
         if kind == "Anderson":

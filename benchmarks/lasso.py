@@ -15,6 +15,7 @@ linear function of $\beta$ in p separate weights.
 
 import argparse
 import datetime
+import importlib
 import json
 import pathlib
 import statistics
@@ -100,7 +101,7 @@ def contenders(X, y, lam, cotangent, k: int) -> tuple[dict[str, Any], dict[str, 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import jaxopt
+            jaxopt = importlib.import_module("jaxopt")
     except ImportError:
         missing["jaxopt"] = "not installed"
     else:
