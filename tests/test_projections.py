@@ -259,6 +259,26 @@ def test_repeated_eigenvalues():
     assert np.all(np.isfinite(jax.jit(jax.jacrev(dn.projection_spectraplex))(X)))
 
 
+@pytest.mark.parametrize(("dtype", "tol"), [(np.float64, 1e-13), (np.float32, 1e-5)])
+def test_low_rank(dtype, tol):
+    """Eigenvalues that are zero but for rounding make no noise: on their pairs the derivative is 0, as documented."""
+    rng = np.random.default_rng(4)
+    v = rng.standard_normal((50, 5))
+    v = v / np.linalg.norm(v, axis=1, keepdims=True)
+    H = rng.standard_normal((50, 5, 5))
+    H = H + np.swapaxes(H, 1, 2)
+    X = np.einsum("li,lj->lij", v, v)
+    off = np.eye(5) - X
+    want = H - off @ H @ off
+    run = lambda fn: jax.jit(jax.vmap(lambda X, H: jax.jvp(fn, (X,), (H,))[1]))(
+        jnp.asarray(X, dtype), jnp.asarray(H, dtype)
+    )
+    np.testing.assert_allclose(run(dn.projection_positive_semidefinite), want, atol=tol)
+    # The trace of a point of the spectraplex does not move.
+    tangent = run(dn.projection_spectraplex)
+    np.testing.assert_allclose(tangent, want - np.trace(want, axis1=1, axis2=2)[:, None, None] * X, atol=tol)
+
+
 def test_dependent_rows():
     x = jnp.array([0.9, -0.4, 0.7, 0.2])
     whole, part = (

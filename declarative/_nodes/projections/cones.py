@@ -82,7 +82,8 @@ class PositiveSemidefinite(AbstractSet):
     def run(self, x, max_steps):
         del max_steps
         X = _symmetric(x.x)
-        out = _positive_part(X, *_eigen(detach(X)))
+        mu, U = _eigen(detach(X))
+        out = _positive_part(X, _clean(mu, 0), U)
         return as_run(ProjectionPoint(out, out - X), status(finite=jnp.isfinite(jnp.sum(jnp.abs(X)))))
 
     def optimality(self, y, x):
@@ -126,7 +127,7 @@ class Spectraplex(AbstractSet):
         out = Simplex(self.radius).kernel(mu, None, max_steps)
         tau = _threshold(X, radius, detach(out.multiplier), mu, U)
         shifted = X - tau * jnp.eye(X.shape[0], dtype=X.dtype)
-        point = _positive_part(shifted, mu - detach(tau), U)
+        point = _positive_part(shifted, _clean(mu, detach(tau)), U)
         return as_run(ProjectionPoint(point, (point - shifted, tau)), out.code, out.steps)
 
     def optimality(self, y, x):
@@ -156,6 +157,12 @@ def _eigen(X: Float[Array, "n n"]) -> tuple[Float[Array, " n"], Float[Array, "n 
     return jnp.where(good, mu, jnp.nan), U
 
 
+def _clean(mu, tau):
+    """mu - tau, where what is zero but for rounding (of a matrix of low rank, say) is zero."""
+    size = jnp.maximum(jnp.max(jnp.abs(mu)), jnp.abs(tau))
+    return jnp.where(jnp.abs(mu - tau) <= mu.size * float(jnp.finfo(mu.dtype).eps) * size, 0, mu - tau)
+
+
 # Below, mu and U are the eigenvalues and eigenvectors of X, known already; they carry no derivative.
 
 
@@ -177,15 +184,17 @@ def _derivative(X, mu, U, H):
     (A rule of its own would be lost where H is a tangent: JAX looks through custom rules there, to products with U, a constant.)
     """
     Y = _positive_part(X, mu, U)
-    absolute, size = 2 * Y - X, jnp.abs(mu)
-    total = size[:, None] + size[None, :]
+    turn = lambda A: U.T @ A @ U
+    # Diagonal, to the last digit, in the basis of the eigenvectors; the rest is there for its derivative. The quotients of (D) then come out
+    # between 0 and 1, whatever the eigenvalues are: rounding divided by a small sum would be noise.
+    exact = lambda diagonal, A: jnp.diag(diagonal) + (turn(A) - detach(turn(A)))
+    up, absolute, H = exact(jnp.maximum(mu, 0), Y), exact(jnp.abs(mu), 2 * Y - X), turn(H)
+    total = jnp.abs(mu)[:, None] + jnp.abs(mu)[None, :]
     inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), jnp.where(jnp.isnan(total), total, 0))
-    return jax.lax.custom_linear_solve(
-        lambda M: absolute @ M + M @ absolute,
-        Y @ H + H @ Y,
-        solve=lambda _, right: U @ (inverse * (U.T @ right @ U)) @ U.T,
-        symmetric=True,
+    out = jax.lax.custom_linear_solve(
+        lambda M: absolute @ M + M @ absolute, up @ H + H @ up, solve=lambda _, right: inverse * right, symmetric=True
     )
+    return U @ out @ U.T
 
 
 @jax.custom_jvp
@@ -202,7 +211,7 @@ def _(primals, tangents):
     dX, d_radius, _, _, _ = tangents
     tau = _threshold(*primals)
     eye = jnp.eye(X.shape[0], dtype=X.dtype)
-    shifted, below = X - tau * eye, mu - detach(tau)
+    shifted, below = X - tau * eye, _clean(mu, detach(tau))
     moved = jnp.trace(_derivative(shifted, below, U, dX)) - d_radius
     # tr of (D) at the identity: the number of positive eigenvalues, a constant.
     count = jnp.sum(jnp.where(below > 0, jnp.ones_like(below), 0))
