@@ -163,7 +163,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.full)])
 def test_hostile(dtype):
     x = {name: jnp.asarray(np.stack([case[0][name] for case in HOSTILE.values()]), dtype) for name in data()}
     y0 = jnp.asarray([case[1] for case in HOSTILE.values()], dtype)

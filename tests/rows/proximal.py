@@ -107,7 +107,7 @@ ROWS: list[Row] = [
         reference=lasso_reference,
         failures={"nonfinite_data": eqx.tree_at(lambda x: x.lam, LASSO, LASSO.lam.at[1].set(-0.1))},
         unrolled=False,  # iterations that are not for differentiation: the node raises
-        slow=True,
+        fast=False,
     ),
     Row(
         "elastic-net",

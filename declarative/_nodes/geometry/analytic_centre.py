@@ -250,7 +250,11 @@ def _centre(x: InequalityData, y0, max_steps: int, loop: Callable) -> _State:
 
 def _solve(hessian, A, right) -> tuple[Float[Array, " size"], Bool[Array, ""]]:
     """Newton's system, and whether it determines the step."""
-    matrix = _matrix(hessian, A if A.shape[0] else None).as_matrix()
+    # The Hessian falls with the square of the slacks, where they grow for ever; the equations follow it, and their multipliers make up for it.
+    n, level = hessian.shape[0], 1 / power_of_two(largest(hessian))
+    unit = jnp.where(jnp.arange(right.size) < n, 1, level)
+    matrix = _matrix(hessian, level * A if A.shape[0] else None).as_matrix()
+    right = unit * right
     # Rows and columns of a size: the Hessian's are as the squares of slacks.
     scale = jax.lax.rsqrt(jnp.maximum(jnp.max(jnp.abs(matrix), axis=1), jnp.finfo(right.dtype).tiny))
     scale = power_of_two(1 / scale)
@@ -260,7 +264,7 @@ def _solve(hessian, A, right) -> tuple[Float[Array, " size"], Bool[Array, ""]]:
     solution = solution + inverse @ (scale * right - balanced @ solution)
     condition = largest(jnp.sum(jnp.abs(inverse), axis=1)) * largest(jnp.sum(jnp.abs(balanced), axis=1))
     regular = condition * float(jnp.finfo(right.dtype).eps) < 0.1
-    return scale * solution, regular
+    return unit * scale * solution, regular
 
 
 def _matrix(hessian, A):
