@@ -57,8 +57,14 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source.strip() for cell in notebook.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# The two that compile longest are in the exhaustive tier: run them after a change to what they show.
+LONG = ("04_neural_ode", "05_semi_amortised_inference")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=pytest.mark.full if p.stem in LONG else pytest.mark.slow, id=p.stem) for p in NOTEBOOKS],
+)
 def test_runs(path, tmp_path):
     run(nbformat.read(path, as_version=4), tmp_path, small=True, timeout=240)
 

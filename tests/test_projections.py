@@ -224,8 +224,14 @@ PARAMETRIC = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PARAMETRIC)
+# The exact pieces in the full tier; those with an equation of their own in CI.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow if n in ("section", "semidefinite", "spectraplex") else pytest.mark.full)
+        for n in PARAMETRIC
+    ],
+)
 def test_second_derivatives_in_data_and_parameters(name):
     project, vector = PARAMETRIC[name]
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(project(jnp.asarray(vector)).size))

@@ -200,7 +200,7 @@ def test_a_previous_solution_starts_the_next():
     assert int(fresh.result._value[0]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_bad_lane_leaves_its_neighbours_bit_identical():
     programs = [program(seed, n=4, m=3, p=1) for seed in range(4)]
     clean = batch(*programs)

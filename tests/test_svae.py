@@ -175,7 +175,13 @@ def cosine(a, b):
     return float(a @ b / jnp.linalg.norm(a) / jnp.linalg.norm(b))
 
 
-@pytest.mark.parametrize(("cast", "tol"), [(double, 1e-8), (lambda tree: tree, 1e-3)], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("cast", "tol"),
+    [
+        pytest.param(double, 1e-8, id="float64"),
+        pytest.param(lambda tree: tree, 1e-3, id="float32", marks=pytest.mark.full),
+    ],
+)
 def test_the_gradient_is_that_of_a_hundred_sweeps(slopes, cast, tol):
     found = slopes(cast)
     for part in ("mixture", "encoder"):
