@@ -8,8 +8,8 @@ table has the medians and how many times faster ours is. JAXopt runs as it is by
 written as one) stops at 1e-5, ours at the last digit. "Error" is the largest entry of a violation that needs no reference: of the equation
 of the set, relative to its right side; JAXopt's beside ours.
 
-Figures of merit, printed with `ok` or `FAIL` (and the exit status is 1 on a FAIL): at least 3 times as fast where JAXopt sorts, at
-least 0.9 times where both are one line. What JAXopt bisects, to few digits, is in the table without a bar.
+Figures of merit, printed with `ok` or `FAIL` (and the exit status is 1 on a FAIL): at least 3 times as fast where JAXopt sorts or
+bisects, at least 0.9 times where both are one line. Most of the bisected cases miss theirs: JAXopt's 1e-5 takes about 20 plain passes.
 
 A case is a row of `cases`: another family adds its own.
 """
@@ -38,7 +38,7 @@ from .shared import machine, versions
 RESULTS = pathlib.Path(__file__).parent / "results"
 PASSES = ("forward", "forward+vjp")
 BATCH = 64
-SORTED, PLAIN, BISECTED = 3.0, 0.9, None  # bars
+SORTED, PLAIN, BISECTED = 3.0, 0.9, 3.0  # bars
 
 
 class Case(NamedTuple):
