@@ -200,8 +200,10 @@ class QuasiNewtonAdjoint(AbstractAdjoint):
     unrolls: ClassVar[bool] = False
 
     def linear_solve(self, matvec, vector, system):
+        from .._linear.biconjugate import NearIdentityState
+
         del matvec
-        if system is None or not hasattr(system.state, "stand_in"):
+        if system is None or not isinstance(system.state, NearIdentityState):
             raise ValueError("QuasiNewtonAdjoint applies to FixedPoint(fn, solver=Broyden(...)) only.")
         return system.state.stand_in(vector), _zero_code(), False
 

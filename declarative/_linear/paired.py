@@ -37,14 +37,16 @@ class PairedDiagonal(lx.AbstractLinearOperator):
 
     def _rotated(self, vector):
         v, w = jnp.split(vector, 2)
-        if self.basis is None:
+        basis = self.basis
+        if basis is None:
             return v, w
-        rotate = lambda matrix: (self.basis.T @ matrix.reshape(self.basis.shape) @ self.basis).reshape(-1)  # pyright: ignore[reportOptionalMemberAccess]
+        rotate = lambda matrix: (basis.T @ matrix.reshape(basis.shape) @ basis).reshape(-1)
         return rotate(v), rotate(w)
 
     def _back(self, v, w):
-        if self.basis is not None:
-            rotate = lambda matrix: (self.basis @ matrix.reshape(self.basis.shape) @ self.basis.T).reshape(-1)  # pyright: ignore[reportOptionalMemberAccess]
+        basis = self.basis
+        if basis is not None:
+            rotate = lambda matrix: (basis @ matrix.reshape(basis.shape) @ basis.T).reshape(-1)
             v, w = rotate(v), rotate(w)
         return jnp.concatenate([v, w])
 

@@ -121,18 +121,16 @@ def _apply(state: SaddleState, vector):
     inactive = jnp.where(op.active, 0, second)
     second = jnp.where(op.active, second, 0)
     weights = jnp.where(op.weights > 0, op.weights, 1)
+    idle = -inactive / weights
     if not op.transposed:
         # Multipliers of inactive rows, which their own equations give, enter stationarity.
-        idle = -inactive / weights
         first = first - idle @ op.rows
-    else:
-        idle = jnp.zeros_like(second)
     particular = plus @ second
     y = particular + state.primal @ (first - op.hessian @ particular)
     mu = jnp.where(op.active, (first - op.hessian @ y) @ plus, 0)
     if op.transposed:
         idle = jnp.where(op.active, 0, (op.rows @ y - inactive) / weights)
-    return jnp.concatenate([y, mu + idle])  # pyright: ignore[reportPossiblyUnboundVariable]
+    return jnp.concatenate([y, mu + idle])
 
 
 @over_lanes

@@ -1,16 +1,14 @@
 r"""Robust means: the minimiser of $\sum_i w_i\,\alpha^2\psi(|u - x_i|/\alpha)$, of numbers column by column, or of vectors.
 
-**Penalties.**   $\phi(r; \alpha) = \alpha^2 \psi(r/\alpha)$ with one fixed function $\psi$ each, so that $\alpha$ only scales, and $\psi''(0) =
-                 1$ in all.
-                 With $z = r/\alpha$, $s = z^2$, weight $\omega = \psi'(z)/z$, and curvature $\psi'' = \omega - \kappa s$, $\kappa =
-                 -2\,d\omega/ds \ge 0$.
+**Penalties.**   $\phi(r; \alpha) = \alpha^2 \psi(r/\alpha)$ with one fixed function $\psi$ each, so that $\alpha$ only scales, and in all
+                 $\psi''(0) = 1$. With $z = r/\alpha$, $s = z^2$, weight $\omega = \psi'(z)/z$, and curvature $\psi'' = \omega - \kappa s$,
+                 $\kappa = -2\,d\omega/ds \ge 0$.
 **Optimality.**  $G(u) = \sum_i w_i\,\omega_i z_i = 0$, $z_i = (u - x_i)/\alpha$                                                    (K1)
-**Solver.**      Columns, $\psi$ convex: $G$ is increasing; Newton's method inside a bracket, which is halved where Newton leaves it or is slow.
-                 For Huber
-                 the last Newton step is exact. Otherwise: a start, then Newton steps as long as they do not climb; else a step of at most 1.9
-                 times the one to the weighted mean with weights $w\omega$ (iteratively reweighted least squares). That one descends: $\omega$
-                 falls with
-                 $s$, so $\psi(z) \le \psi(z_0) + \omega(z_0)(z^2 - z_0^2)/2$, a quadratic, which falls along its own step up to twice its length.
+**Solver.**      Columns, $\psi$ convex: $G$ is increasing; Newton's method inside a bracket, which is halved where Newton leaves it or is slow. For
+                 Huber the last Newton step is exact. Otherwise: a start, then Newton steps as long as they do not climb; else a step of at most 1.9
+                 times the one to the weighted mean with weights $w\omega$ (iteratively reweighted least squares). That one descends: $\omega$ falls
+                 with $s$, so $\psi(z) \le \psi(z_0) + \omega(z_0)(z^2 - z_0^2)/2$, a quadratic, which falls along its own step up to twice its
+                 length.
 **Gradient.**    Implicit function theorem on (K1), for columns: with $k_i = w_i\psi''(z_i)$,
                  $\mathrm du = \big(\sum_i k_i(\mathrm dx_i + z_i\,\mathrm d\alpha) - \alpha\sum_i \psi'(z_i)\,\mathrm dw_i\big) / \sum_i k_i$
                  (G1). All modes, any order.

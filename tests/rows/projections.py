@@ -128,7 +128,7 @@ ROWS = [
     row("hyperplane", dn.Hyperplane(NORMAL, jnp.array(0.4)), X, nearest(A=NORMAL[None], b=jnp.array([0.4]))),
     row("half-space", dn.HalfSpace(NORMAL, jnp.array(0.4)), X, nearest(G=NORMAL[None], h=jnp.array([0.4]))),
     row("affine-set", dn.AffineSet(A, B), X, nearest(A=A, b=B)),
-    # As for the quadratic program that it is, compilation alone takes minutes: tests/test_projections.py is its fast tier.
+    # As for the quadratic program that it is, compilation alone takes minutes: tests/test_projections.py has it, in the slow tier.
     row("polyhedron", dn.Polyhedron(A[:1], B[:1], G, H), X, nearest(A=A[:1], b=B[:1], G=G, h=H), fast=False),
     row(
         "second-order-cone",

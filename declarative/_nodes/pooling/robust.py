@@ -25,13 +25,13 @@ class RobustPool(AbstractDeclarativeNode):
     **Solver.**      Newton's method, safeguarded; see `_solvers/robust_pooling.py`. (P) has one local minimum for the first three penalties.
                      For the last two: `start="points"` takes the point with the lowest objective and goes downhill (Welsch), or the global
                      minimum exactly (truncated); O(n²). `start="centre"` goes downhill from the point nearest to the pseudo-Huber centre; O(n).
-    **Gradient.**    Implicit function theorem on (K1): $\partial y/\partial x_i = w_i\phi''(r_i) / \sum_j w_j\phi''(r_j)$, $r_i = y - x_i$; also
-                     in $\alpha$
-                     and $w$. All modes, any order. It stays in the basin of the value: where the global minimum jumps, the gradient does not see
-                     it. Huber and truncated: at $|r_i| = \alpha$, $\phi'' = 0$ is used. Huber, if no point lies within $\alpha$ (as many on either
-                     side of a gap wider than $2\alpha$): every $u$ in the middle is a minimum. The middle of the gap is returned, with its own
-                     derivative, 1/2 for the two ends; in $w$ it jumps, and 0 is returned. `adjoint=ImplicitAdjoint()` solves the diagonal
-                     system of (K1) instead, with the status `singular_jacobian` in that case. Welsch where two minima merge, $\sum w\phi'' = 0$: NaN.
+    **Gradient.**    Implicit function theorem on (K1): $\partial y/\partial x_i = w_i\phi''(r_i) / \sum_j w_j\phi''(r_j)$, $r_i = y - x_i$; also in
+                     $\alpha$ and $w$. All modes, any order. It stays in the basin of the value: where the global minimum jumps, the gradient does
+                     not see it. Huber and truncated: at $|r_i| = \alpha$, $\phi'' = 0$ is used. Huber, if no point lies within $\alpha$ (as many on
+                     either side of a gap wider than $2\alpha$): every $u$ in the middle is a minimum. The middle of the gap is returned, with its
+                     own derivative, 1/2 for the two ends; in $w$ it jumps, and 0 is returned. `adjoint=ImplicitAdjoint()` solves the diagonal
+                     system of (K1) instead, with the status `singular_jacobian` in that case. Welsch where two minima merge, $\sum w\phi'' = 0$:
+                     NaN.
     **Use instead.** `RobustVectorPool` for points in space, so that the result turns with them; `jnp.mean` for the quadratic penalty.
 
     | `penalty`             | $\phi(r; \alpha)$                          | an outlier's pull                  |

@@ -24,11 +24,10 @@ class RobustVectorPool(AbstractDeclarativeNode):
     **Solver.**      Newton's method, and steps of the iteratively reweighted mean where it climbs. (P) has one local minimum for the first three
                      penalties. For Welsch and truncated: downhill from the point with the lowest objective (`start="points"`, O(n²)), or from the
                      one nearest to the pseudo-Huber centre (`"centre"`); a local minimum below every point, not always the global one.
-    **Gradient.**    Implicit function theorem on (K1), with the c × c Hessian $\sum_i w_i(\omega_i I - \kappa_i r_i r_i^\top)$, $\kappa_i =
-                     -\omega'_i/\|r_i\|$; in
-                     $x$, $w$ and $\alpha$. All modes, any order. It stays in the basin of the value. Not differentiable where some $\|r_i\| = \alpha$
-                     (Huber, truncated), and where the minimum is not unique (Huber: two groups on a line, wide apart): the backward solve
-                     fails with `singular_jacobian`.
+    **Gradient.**    Implicit function theorem on (K1), with the c × c Hessian $\sum_i w_i(\omega_i I - \kappa_i r_i r_i^\top)$,
+                     $\kappa_i = -\omega'_i/\|r_i\|$; in $x$, $w$ and $\alpha$. All modes, any order. It stays in the basin of the value. Not
+                     differentiable where some $\|r_i\| = \alpha$ (Huber, truncated), and where the minimum is not unique (Huber: two groups on a
+                     line, wide apart): the backward solve fails with `singular_jacobian`.
     **Use instead.** `RobustPool`, by far cheaper, where the channels have nothing to do with one another.
 
     | symbol   | code      | shape                     | meaning                                              |

@@ -1,15 +1,14 @@
 r"""Constrained minimiser of a user's objective: the general deep declarative node.
 
 **Problem.**     $y^*(x) = \arg\min_y f(y, x)$ subject to $h(y, x) = 0$, $g(y, x) \le 0$, locally, from a guess    (P)
-**Optimality.**  $\nabla_y f + \sum_i \nu_i \nabla_y h_i + \sum_i \lambda_i \nabla_y g_i = 0$ (K1),  $h = 0$ (K2),  $-\min(w \circ \lambda, -g) =
-                 0$ (K3).
-                 The weights $w_i > 0$ only put $\lambda_i$ in the unit of $g_i$.
+**Optimality.**  $\nabla_y f + \sum_i \nu_i \nabla_y h_i + \sum_i \lambda_i \nabla_y g_i = 0$ (K1),  $h = 0$ (K2),
+                 $-\min(w \circ \lambda, -g) = 0$ (K3). The weights $w_i > 0$ only put $\lambda_i$ in the unit of $g_i$.
 **Solver.**      `_solvers/augmented_lagrangian.py`: augmented Lagrangian with exact Hessians, then Newton on (K1)-(K3), to rounding; a
                  check of the second-order conditions at the end. Dense: meant for up to about a hundred unknowns.
 **Gradient.**    Implicit function theorem on (K1)-(K3): one bordered system, solved by LU with pivoting, since the Hessian $H$ of the
                  Lagrangian may be indefinite where $y^*$ is a minimiser all the same. With $A$ the gradients of equations and active
-                 inequalities and $H$, this is Gould et al.'s $\mathrm Dy = H^{-1}A^\top(AH^{-1}A^\top)^{-1}(AH^{-1}B - C) - H^{-1}B$, without
-                 $H^{-1}$.
+                 inequalities and $H$, this is Gould et al.'s $\mathrm Dy = H^{-1}A^\top(AH^{-1}A^\top)^{-1}(AH^{-1}B - C) - H^{-1}B$,
+                 without $H^{-1}$.
                  Not differentiable where an inequality is weakly active ($g_i = \lambda_i = 0$): the derivative is then one-sided, with the
                  constraint active exactly if its computed multiplier is positive. If gradients of active constraints depend on one
                  another, or the minimiser is not isolated, the system is singular, which is a status; see `dependent`, `minimum_norm`.
