@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from .._linear.norms import largest
 from .implicit import norm, typical_scale
 from .node import AbstractDeclarativeNode, Solution, bound_inputs
-from .precision import full_precision
+from .precision import FullPrecision, full_precision
 from .tolerances import tolerances
 
 _DENSE = 500
@@ -178,7 +178,7 @@ def _extreme_singular_values(function, vector):
     normal = lx.FunctionLinearOperator(lambda v: rmv(mv(v)), struct, lx.positive_semidefinite_tag)
 
     def inverse_iteration(v, _):
-        w = lx.linear_solve(normal, v, lx.CG(rtol=1e-3, atol=0.0, max_steps=4 * n), throw=False).value
+        w = lx.linear_solve(normal, v, FullPrecision(lx.CG(rtol=1e-3, atol=0.0, max_steps=4 * n)), throw=False).value
         size = norm(w)
         good = jnp.isfinite(size) & (size > 0)
         v = jnp.where(good, w / jnp.where(good, size, 1), v)

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from .._linear.norms import largest, maximum
 from . import health
 from .failure import raise_failures
-from .precision import full_precision
+from .precision import FullPrecision, full_precision
 from .results import RESULTS
 from .tolerances import tolerances, zero_tolerance
 
@@ -297,5 +297,5 @@ def _transpose(system: LinearSystem) -> LinearSystem:
 def solve_system(system: LinearSystem, vector: Float[Array, " n"]) -> tuple[Float[Array, " n"], Int[Array, ""]]:
     """Solves with lineax, and reports instead of raising."""
     kwargs = {} if system.state is None else {"state": system.state}
-    out = lx.linear_solve(system.operator, vector, system.solver, throw=False, **kwargs)
+    out = lx.linear_solve(system.operator, vector, FullPrecision(system.solver), throw=False, **kwargs)
     return out.value, _code(optx.RESULTS.promote(out.result))

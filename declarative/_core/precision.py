@@ -8,6 +8,7 @@ products do not have; an interior-point method does not converge with them at al
 import contextlib
 
 import jax
+import lineax as lx
 
 
 @contextlib.contextmanager
@@ -18,3 +19,30 @@ def full_precision():
             yield
     else:
         yield
+
+
+class FullPrecision(lx.AbstractLinearSolver):
+    """A linear solver whose own products are in full precision, whenever they are traced.
+
+    `lx.linear_solve` is a primitive: its `compute` is traced when the program that it is part of is lowered or batched, outside of the
+    context manager above.
+    """
+
+    solver: lx.AbstractLinearSolver
+
+    def init(self, operator, options):
+        with full_precision():
+            return self.solver.init(operator, options)
+
+    def compute(self, state, vector, options):
+        with full_precision():
+            return self.solver.compute(state, vector, options)
+
+    def transpose(self, state, options):
+        return self.solver.transpose(state, options)
+
+    def conj(self, state, options):
+        return self.solver.conj(state, options)
+
+    def assume_full_rank(self):
+        return self.solver.assume_full_rank()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float
 
+from .._core.precision import FullPrecision
 from .dense import Dense
 from .lanes import over_lanes, where_needed
 
@@ -63,7 +64,7 @@ class NearIdentity(lx.AbstractLinearSolver):
             # `one` times the matrix: see `where_needed`.
             matrix = lx.FunctionLinearOperator(lambda v: state.operator.mv(one * v), state.operator.in_structure())
             normal = lx.Normal(lx.CG(rtol=self.rtol, atol=0.0, max_steps=10 * vector.size))
-            return lx.linear_solve(matrix, vector, normal, throw=False).value
+            return lx.linear_solve(matrix, vector, FullPrecision(normal), throw=False).value
 
         return where_needed(failed, otherwise, solution, _loop), lx.RESULTS.successful, {}
 

@@ -17,6 +17,8 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool
 
+from .._core.precision import full_precision
+
 
 def where_needed(needed: Bool[Array, ""], compute: Callable[[Array], Any], otherwise: Any, loop: Callable) -> Any:
     """`compute(one)` where `needed`, else `otherwise`: under `vmap`, nothing is computed unless some lane needs it.
@@ -40,7 +42,8 @@ def over_lanes(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     Under `vmap`, an array that is the same for all lanes is not copied for each.
     """
-    return lambda *arrays: _with_axes(kernel, (), (False,) * len(arrays))(*arrays)
+    # A batching rule traces the kernel anew, in a backward pass after the node's call is over: full precision has to travel with it.
+    return lambda *arrays: _with_axes(full_precision()(kernel), (), (False,) * len(arrays))(*arrays)
 
 
 def _with_axes(kernel: Callable[..., Any], batch: tuple[int, ...], laned: tuple[bool, ...]) -> Callable[..., Any]:

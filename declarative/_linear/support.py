@@ -17,6 +17,7 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
+from .._core.precision import FullPrecision
 from .bordered import declare_unstructured
 from .lanes import over_lanes
 from .norms import largest
@@ -223,7 +224,7 @@ class ConjugateGradients(lx.AbstractLinearSolver):
         out = lx.linear_solve(
             lx.FunctionLinearOperator(full, struct, lx.positive_semidefinite_tag),
             rhs_normal / top,
-            lx.CG(rtol=tol, atol=tol, max_steps=10 * n),
+            FullPrecision(lx.CG(rtol=tol, atol=tol, max_steps=10 * n)),
             throw=False,
         )
         v = jnp.where(on, out.value * top, 0)

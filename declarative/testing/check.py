@@ -75,7 +75,8 @@ def check_node(
     finite differences) and its transpose; jit, vmap, grad of vmap against vmap of grad, jacfwd against jacrev; no retrace; failed
     elements: status, NaN or zero gradient, bit-identical neighbours, an error that names the lane; modes that the adjoint does
     not support raise. With `full`: hessian against finite differences of the gradient, reverse over reverse, float32 against
-    float64, bfloat16 in and out, export for TPU, CUDA and CPU, value and gradient, without a host callback.
+    float64, bfloat16 in and out, export for TPU, CUDA and CPU, value and gradient, without a host callback and (unless
+    `jax.default_matmul_precision` is set) with every matrix product in full precision.
     """
     report = CheckReport(type(node).__name__)
     x = jtu.tree_map(jnp.asarray, node.pack(x))
@@ -369,9 +370,17 @@ def _check_low_precision(setting: _Setting):
 
 
 def _check_export(setting: _Setting):
-    function = jax.value_and_grad(setting.scalar) if "reverse" in setting.supported else setting.scalar
+    # Differentiated after it was traced: rules that run then are outside of the call of the node.
+    scalar = jax.jit(setting.scalar)
+    function = jax.value_and_grad(scalar) if "reverse" in setting.supported else scalar
     exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(setting.vector)
     setting.row("export for " + ", ".join(PLATFORMS), set(exported.platforms) == set(PLATFORMS))
     # Targets of custom calls, not any text: source locations are in there too.
-    callbacks = re.findall(r"custom_call @\w*callback\w*", exported.mlir_module())
+    program = exported.mlir_module()
+    callbacks = re.findall(r"custom_call @\w*callback\w*", program)
     setting.row("no host callback with throw=False", not callbacks, ", ".join(callbacks))
+    if jax.config.jax_default_matmul_precision is None:  # pyright: ignore[reportAttributeAccessIssue]  (JAX adds its flags at run time)
+        products = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+        rounded = [line.strip() for line in products if "HIGHEST" not in line]
+        detail = "; ".join([f"{len(products)} products", *rounded[:1]])
+        setting.row("matrix products in full precision", not rounded, detail)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, evaluate, make_policy
+from ..._core.precision import full_precision
 from ..._core.results import RESULTS
 from ..._linear.known_inverse import known_inverse
 from ..._linear.lanes import over_lanes
@@ -210,6 +211,7 @@ def _frame(from_largest: bool, tolerance: float, symmetric: Float[Array, "n n"])
 
 
 @_frame.defjvp
+@full_precision()
 def _(from_largest: bool, tolerance: float, primals, tangents):
     (symmetric,), (change,) = primals, tangents
     V, B = _frame(from_largest, tolerance, symmetric)

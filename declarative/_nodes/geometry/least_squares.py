@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.precision import full_precision
 from ..._core.results import RESULTS
 from ..._linear.known_inverse import known_inverse
 from ..._linear.lanes import over_lanes
@@ -238,6 +239,7 @@ def _inverses(minimum_norm: bool, ridged: bool, A, w, ridge):
 
 
 @_inverses.defjvp
+@full_precision()
 def _(minimum_norm: bool, ridged: bool, primals, tangents):
     A, w, ridge = primals
     dA, dw, dridge = tangents
@@ -300,6 +302,7 @@ def _solution(minimum_norm: bool, A, b, w, ridge, G, H):
 
 
 @_solution.defjvp
+@full_precision()
 def _(minimum_norm: bool, primals, tangents):
     """(D). G and H depend on A and w themselves: their own tangents would count those twice, and serve the next order only."""
     A, b, w, ridge, G, H = primals

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from ..._core.adjoint import lax_loop
 from ..._core.implicit import detach
+from ..._core.precision import full_precision
 from ..._core.tolerances import tolerances
 from ..._linear.lanes import over_lanes
 from ..._linear.norms import largest, maximum
@@ -174,6 +175,7 @@ def _svd_inverse(A):
 
 
 @_pseudo_inverse.defjvp
+@full_precision()
 def _(primals, tangents):
     (A,), (dA,) = primals, tangents
     P = _pseudo_inverse(A)
