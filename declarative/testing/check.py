@@ -132,7 +132,7 @@ class _Setting:
         self.scale = jnp.where(finite, jnp.maximum(jnp.abs(self.vector), 1e-3), 0)
         size = jax.eval_shape(self.value, self.vector).size
         self.cotangent = jnp.asarray(rng.standard_normal(size), self.dtype)
-        self.scalar = lambda vector: self.cotangent @ self.value(vector)
+        self.scalar = lambda vector: jnp.sum(self.cotangent * self.value(vector))
         # Compiled once, used by several checks.
         self.jvp = jax.jit(lambda v, t: jax.jvp(self.value, (v,), (t,)))
         self.gradient = jax.jit(jax.grad(self.scalar))
