@@ -13,8 +13,10 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from .structured import AbstractStructured, AbstractStructuredSolver
 
-class BorderedDiagonal(lx.AbstractLinearOperator):
+
+class BorderedDiagonal(AbstractStructured):
     """The operator on vectors of n + 1 entries, the border last."""
 
     diagonal: Float[Array, " n"]
@@ -26,28 +28,18 @@ class BorderedDiagonal(lx.AbstractLinearOperator):
         v, mu = vector[:-1], vector[-1]
         return jnp.append(self.diagonal * v + self.column * mu, self.row @ v + self.corner * mu)
 
-    def as_matrix(self):
-        top = jnp.concatenate([jnp.diag(self.diagonal), self.column[:, None]], axis=1)
-        return jnp.concatenate([top, jnp.append(self.row, self.corner)[None, :]], axis=0)
-
     def transpose(self):
         return BorderedDiagonal(self.diagonal, self.row, self.column, self.corner)
 
-    def in_structure(self):
+    @property
+    def space(self):
         return jax.ShapeDtypeStruct((self.diagonal.size + 1,), self.diagonal.dtype)
 
-    def out_structure(self):
-        return self.in_structure()
 
-
-class Bordered(lx.AbstractLinearSolver):
+class Bordered(AbstractStructuredSolver):
     """(S). A vanishing diagonal entry or Schur complement gives infinities, which lineax reports as singular."""
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, BorderedDiagonal):
-            raise ValueError(f"`Bordered` solves `BorderedDiagonal` systems only, got {type(operator).__name__}.")
-        return operator
+    solves = BorderedDiagonal
 
     def compute(self, state, vector, options):
         del options
@@ -56,15 +48,6 @@ class Bordered(lx.AbstractLinearSolver):
         c = state.column / state.diagonal
         mu = (beta - state.row @ a) / (state.corner - state.row @ c)
         return unravel(jnp.append(a - c * mu, mu)), lx.RESULTS.successful, {}
-
-    def transpose(self, state, options):
-        return state.transpose(), options
-
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
-
-    def assume_full_rank(self):
-        return True
 
 
 def declare_unstructured(operator: type[lx.AbstractLinearOperator]) -> None:
@@ -82,9 +65,6 @@ def declare_unstructured(operator: type[lx.AbstractLinearOperator]) -> None:
         lx.has_unit_diagonal,
     ):
         function.register(operator)(lambda operator: False)
-
-
-declare_unstructured(BorderedDiagonal)
 
 
 @lx.diagonal.register(BorderedDiagonal)

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Float
 
-from .bordered import declare_unstructured
 from .dense import inverse_where
 from .lanes import where_needed
 from .norms import largest
 from .null_space import NullSpace
 from .positive_definite import Gram, InverseRoot, factorise
+from .structured import AbstractStructured, AbstractStructuredSolver
 
 _SWEEPS = 12
 
@@ -242,7 +242,7 @@ def soften(alpha, beta):
     return jnp.where(alpha > 0, jnp.maximum(beta, alpha * softness(alpha.dtype)), beta)
 
 
-class KKTOperator(lx.AbstractLinearOperator):
+class KKTOperator(AbstractStructured):
     """(J) or its transpose as lineax sees it."""
 
     kkt: AbstractKKT
@@ -251,42 +251,21 @@ class KKTOperator(lx.AbstractLinearOperator):
     def mv(self, vector):
         return self.kkt.multiply(vector, self.transposed)
 
-    def as_matrix(self):
-        return jax.vmap(self.mv, out_axes=1)(jnp.eye(self.kkt.row_scale.size, dtype=self.kkt.row_scale.dtype))
-
     def transpose(self):
         return KKTOperator(self.kkt, not self.transposed)
 
-    def in_structure(self):
+    @property
+    def space(self):
         return jax.ShapeDtypeStruct(self.kkt.row_scale.shape, self.kkt.row_scale.dtype)
 
-    def out_structure(self):
-        return self.in_structure()
 
-
-class KKTSolver(lx.AbstractLinearSolver):
+class KKTSolver(AbstractStructuredSolver):
     """Solves a `KKTOperator` with the factor that it carries."""
 
     loop: Callable = eqx.field(static=True)
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, KKTOperator):
-            raise ValueError(f"`KKTSolver` solves `KKTOperator` systems only, got {type(operator).__name__}.")
-        return operator
+    solves = KKTOperator
 
     def compute(self, state, vector, options):
         del options
         return state.kkt.solve(vector, self.loop, state.transposed), lx.RESULTS.successful, {}
-
-    def transpose(self, state, options):
-        return state.transpose(), options
-
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
-
-    def assume_full_rank(self):
-        return True
-
-
-declare_unstructured(KKTOperator)

@@ -13,10 +13,10 @@ import lineax as lx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from .bordered import declare_unstructured
+from .structured import AbstractStructured, AbstractStructuredSolver
 
 
-class PairedDiagonal(lx.AbstractLinearOperator):
+class PairedDiagonal(AbstractStructured):
     """The operator on 2m entries. With a `basis` U (n, n), m = n^2: on pairs of matrices, whose entries meet in U' V U."""
 
     a: Float[Array, " m"]
@@ -50,46 +50,20 @@ class PairedDiagonal(lx.AbstractLinearOperator):
             v, w = rotate(v), rotate(w)
         return jnp.concatenate([v, w])
 
-    def as_matrix(self):
-        return jax.vmap(self.mv, out_axes=1)(jnp.eye(2 * self.a.size, dtype=self.a.dtype))
-
     def transpose(self):
         return PairedDiagonal(self.a, self.c, self.b, self.d, self.basis)
 
-    def in_structure(self):
+    @property
+    def space(self):
         return jax.ShapeDtypeStruct((2 * self.a.size,), self.a.dtype)
 
-    def out_structure(self):
-        return self.in_structure()
 
-
-class Paired(lx.AbstractLinearSolver):
+class Paired(AbstractStructuredSolver):
     """Solves `PairedDiagonal` systems. A pair without a solution gives infinities, which lineax reports as singular."""
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, PairedDiagonal):
-            raise ValueError(f"`Paired` solves `PairedDiagonal` systems only, got {type(operator).__name__}.")
-        return operator
+    solves = PairedDiagonal
 
     def compute(self, state, vector, options):
         del options
         vector, unravel = ravel_pytree(vector)
         return unravel(state.solve(vector)), lx.RESULTS.successful, {}
-
-    def transpose(self, state, options):
-        return state.transpose(), options
-
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
-
-    def assume_full_rank(self):
-        return True
-
-
-declare_unstructured(PairedDiagonal)
-
-
-@lx.diagonal.register(PairedDiagonal)
-def _(operator):
-    return jnp.diagonal(operator.as_matrix())

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, Bool, Float
 
-from .bordered import declare_unstructured
 from .lanes import over_lanes
+from .structured import AbstractStructured, AbstractStructuredSolver
 
 
-class Saddle(lx.AbstractLinearOperator):
+class Saddle(AbstractStructured):
     """Linearised optimality conditions: stationarity `H dy + A' dmu`; `A dy` of active rows, `-weights dmu` of others."""
 
     hessian: Float[Array, "n n"]
@@ -46,11 +46,9 @@ class Saddle(lx.AbstractLinearOperator):
     def transpose(self):
         return Saddle(self.hessian, self.rows, self.active, self.weights, not self.transposed)
 
-    def in_structure(self):
+    @property
+    def space(self):
         return eqx.filter_eval_shape(lambda: jnp.zeros(sum(self.rows.shape), self.hessian.dtype))
-
-    def out_structure(self):
-        return self.in_structure()
 
 
 class SaddleState(eqx.Module):
@@ -60,8 +58,11 @@ class SaddleState(eqx.Module):
     dependent: Bool[Array, ""]
     loose: Bool[Array, ""]
 
+    def transpose(self):
+        return eqx.tree_at(lambda state: state.operator, self, self.operator.transpose())
 
-class SaddleSolver(lx.AbstractLinearSolver):
+
+class SaddleSolver(AbstractStructuredSolver):
     """(S) for a `Saddle`. What it may not ignore, it reports as singular.
 
     - `dependent`: whether active rows may depend on one another.
@@ -72,10 +73,9 @@ class SaddleSolver(lx.AbstractLinearSolver):
     dependent: bool = eqx.field(static=True)
     nonunique: bool = eqx.field(static=True)
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, Saddle):
-            raise ValueError(f"`SaddleSolver` solves `Saddle` systems only, got {type(operator).__name__}.")
+    solves = Saddle
+
+    def prepare(self, operator):
         rows = jnp.where(operator.active[:, None], operator.rows, 0)
         norms = jnp.sqrt(jnp.sum(rows**2, axis=1))
         lengths = jnp.where(norms > 0, norms, 1)
@@ -103,12 +103,6 @@ class SaddleSolver(lx.AbstractLinearSolver):
         if not self.nonunique:
             bad = bad | state.loose
         return solution, lx.RESULTS.where(bad, lx.RESULTS.singular, lx.RESULTS.successful), {}
-
-    def transpose(self, state, options):
-        return eqx.tree_at(lambda state: state.operator, state, state.operator.transpose()), options
-
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
 
     def assume_full_rank(self):
         return False
@@ -149,6 +143,3 @@ def _generalised(rows, hessian):
     primal = (vectors * jnp.where(some, 1 / jnp.where(some, curvatures, 1), 0)[None, :]) @ vectors.T
     primal = projector @ primal @ projector
     return primal, plus, jnp.sum(kept), jnp.sum(~some)
-
-
-declare_unstructured(Saddle)

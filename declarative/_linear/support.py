@@ -18,9 +18,9 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from .._core.precision import FullPrecision
-from .bordered import declare_unstructured
 from .lanes import over_lanes
 from .norms import largest
+from .structured import AbstractStructured, AbstractStructuredSolver
 
 
 class Buffer(eqx.Module):
@@ -86,7 +86,7 @@ def solve_gram(
     return jax.lax.cond(needed, compute, nothing, columns, diagonal, index, vectors)
 
 
-class GramSystem(lx.AbstractLinearOperator):
+class GramSystem(AbstractStructured):
     """(J) with $J_{SS}$, $J_{SN}$ rows of $-\\mathrm{diag}(s)(X^\\top X + \\mathrm{diag}(d))$, or its transpose."""
 
     columns: Float[Array, "p n"]  # X transposed
@@ -104,29 +104,20 @@ class GramSystem(lx.AbstractLinearOperator):
             return -self.hessian(jnp.where(self.support, self.steps * vector, 0)) - jnp.where(self.support, 0, vector)
         return jnp.where(self.support, -self.steps * self.hessian(vector), -vector)
 
-    def as_matrix(self):
-        return jax.vmap(self.mv, out_axes=1)(jnp.eye(self.steps.size, dtype=self.steps.dtype))
-
     def transpose(self):
         return GramSystem(
             self.columns, self.diagonal, self.steps, self.support, self.buffer, transposed=not self.transposed
         )
 
-    def in_structure(self):
+    @property
+    def space(self):
         return jax.ShapeDtypeStruct(self.steps.shape, self.steps.dtype)
 
-    def out_structure(self):
-        return self.in_structure()
 
-
-class GramSolver(lx.AbstractLinearSolver):
+class GramSolver(AbstractStructuredSolver):
     """Cholesky on the buffer. Dependent columns on the support, or a support larger than the buffer, are reported as singular."""
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, GramSystem):
-            raise ValueError(f"`GramSolver` solves `GramSystem`s only, got {type(operator).__name__}.")
-        return operator
+    solves = GramSystem
 
     def compute(self, state, vector, options):
         del options
@@ -147,17 +138,8 @@ class GramSolver(lx.AbstractLinearSolver):
         good = regular & (state.buffer.count <= state.buffer.index.size)
         return unravel(x), lx.RESULTS.where(good, lx.RESULTS.successful, lx.RESULTS.singular), {}
 
-    def transpose(self, state, options):
-        return state.transpose(), options
 
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
-
-    def assume_full_rank(self):
-        return True
-
-
-class Restricted(lx.AbstractLinearOperator):
+class Restricted(AbstractStructured):
     """(J) by products with it, or its transpose."""
 
     product: lx.AbstractLinearOperator  # J
@@ -173,14 +155,12 @@ class Restricted(lx.AbstractLinearOperator):
     def transpose(self):
         return Restricted(self.product, self.support, transposed=not self.transposed)
 
-    def in_structure(self):
+    @property
+    def space(self):
         return self.product.in_structure()
 
-    def out_structure(self):
-        return self.in_structure()
 
-
-class ConjugateGradients(lx.AbstractLinearSolver):
+class ConjugateGradients(AbstractStructuredSolver):
     r"""Conjugate gradients on $-J_{SS}$ where that is symmetric (it then is positive definite at a minimum), else on its normal equations.
 
     Symmetry is measured: $u^\top J_{SS} w = w^\top J_{SS} u$ for two fixed vectors.
@@ -188,11 +168,7 @@ class ConjugateGradients(lx.AbstractLinearSolver):
 
     transposed: bool = eqx.field(static=True, default=False)
 
-    def init(self, operator, options):
-        del options
-        if not isinstance(operator, Restricted):
-            raise ValueError(f"`ConjugateGradients` solves `Restricted` systems only, got {type(operator).__name__}.")
-        return operator
+    solves = Restricted
 
     def compute(self, state, vector, options):
         del options
@@ -230,16 +206,3 @@ class ConjugateGradients(lx.AbstractLinearSolver):
         v = jnp.where(on, out.value * top, 0)
         x = jnp.where(on, v, off + transpose(v)) if transposed else jnp.where(on, v, off)
         return unravel(x), out.result, {}
-
-    def transpose(self, state, options):
-        return state.transpose(), options
-
-    def conj(self, state, options):
-        return state, options  # Real matrices only.
-
-    def assume_full_rank(self):
-        return True
-
-
-declare_unstructured(GramSystem)
-declare_unstructured(Restricted)
