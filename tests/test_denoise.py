@@ -54,6 +54,7 @@ def test_against_the_taut_string():
         assert np.any(np.abs(np.diff(expected)) > 0.1)
 
 
+@pytest.mark.full
 def test_the_model_in_float32_is_total_variation_before_training(getkey):
     noisy, _ = make_signals(2, 8)
     expected = np.array([taut_string(signal, np.full(99, 20.0)) for signal in noisy.astype(np.float64)])

@@ -13,7 +13,7 @@ from jaxtyping import TypeCheckError
 
 import declarative as dn
 
-from .helpers import tree_close
+from .helpers import exhaustive, tree_close
 from .rows.core import EVIDENCE, linear_elbo
 
 FAMILY = dn.DiagonalGaussian()
@@ -112,8 +112,8 @@ def test_reversible_is_unrolled():
     tree_close(gradients("unrolled", solver=solver), gradients("reversible", solver=solver), 1e-11)
 
 
-@pytest.mark.parametrize("mode", ["moreau", "proximal", "svi"])
-@pytest.mark.parametrize("family", [FAMILY, None], ids=["fisher", "euclidean"])
+@pytest.mark.parametrize("mode", ["moreau", "proximal", *exhaustive("svi")])
+@pytest.mark.parametrize("family", [FAMILY, pytest.param(None, marks=pytest.mark.full)], ids=["fisher", "euclidean"])
 def test_gradients_are_those_of_the_stated_objective(mode, family):
     # Against central differences of a minimum that SciPy's BFGS finds.
     import scipy.optimize
@@ -191,6 +191,7 @@ def test_learning_rho_kills_the_encoder():
     assert sizes[0] < 1e-4
 
 
+@pytest.mark.full
 def test_both_ends_of_rho():
     near, far = losses("moreau", rho=1e6), losses("moreau", rho=1e-8)
     tree_close(near.parameters, START, 1e-5)
@@ -199,7 +200,7 @@ def test_both_ends_of_rho():
     tree_close(gradients("moreau", rho=1e-8), gradients("svi"), 1e-6)
 
 
-@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("direction", ["forward", *exhaustive("reverse")])
 def test_the_encoder_learns_from_the_divergence_alone(direction):
     found = losses("svi").parameters
     pair = (lambda a, b: (a, b)) if direction == "reverse" else (lambda a, b: (b, a))
@@ -248,7 +249,9 @@ def test_another_prior_with_and_without_a_closed_form():
         assert abs(value - estimate) < 0.02
 
 
-@pytest.mark.parametrize("mode", ["amortised", "svi", "unrolled", "reversible", "implicit", "proximal", "moreau", "kl"])
+@pytest.mark.parametrize(
+    "mode", ["proximal", "moreau", *exhaustive("amortised", "svi", "unrolled", "reversible", "implicit", "kl")]
+)
 def test_batches_in_float32(mode):
     cast = lambda tree: jtu.tree_map(
         lambda leaf: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf, tree
@@ -305,7 +308,7 @@ def test_an_answer_that_is_not_one_raises():
         losses("unrolled", solver=dn.GradientSteps(500, 1e3))
 
 
-@pytest.mark.parametrize("mode", ["amortised", "unrolled", "moreau"])
+@pytest.mark.parametrize("mode", ["amortised", "moreau", *exhaustive("unrolled")])
 def test_a_failed_lane_leaves_shared_weights_alone(mode):
     x = jnp.stack([X, X.at[0].set(jnp.inf), -X])
     starts = jtu.tree_map(lambda leaf: jnp.stack([leaf] * 3), START)
@@ -329,7 +332,7 @@ def test_a_failed_lane_leaves_shared_weights_alone(mode):
         assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jtu.tree_leaves(gradient))
 
 
-@pytest.mark.parametrize("mode", ["amortised", "unrolled", "implicit", "moreau"])
+@pytest.mark.parametrize("mode", ["implicit", "moreau", *exhaustive("amortised", "unrolled")])
 def test_the_objective_of_a_solution_has_its_gradient(mode):
     solver = dn.GradientSteps(2, 0.05) if mode == "unrolled" else None
     node = dn.ELBOOptimizer(dn.ELBO(DECODER, FAMILY, samples=4), mode, solver=solver)

@@ -57,8 +57,14 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source.strip() for cell in notebook.cells if cell.cell_type == "code"]
 
 
-# The two that compile longest are in the exhaustive tier: run them after a change to what they show.
-LONG = ("04_neural_ode", "05_semi_amortised_inference")
+# Those that compile longest are in the exhaustive tier: run them after a change to what they show.
+LONG = (
+    "04_neural_ode",
+    "05_semi_amortised_inference",
+    "06_posterior_collapse",
+    "07_deep_equilibrium",
+    "08_declarative_zoo",
+)
 
 
 @pytest.mark.parametrize(

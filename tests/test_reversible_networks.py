@@ -10,6 +10,8 @@ import pytest
 
 import declarative as dn
 
+from .helpers import exhaustive
+
 WIDTH = 6
 
 
@@ -80,7 +82,7 @@ def affine(key, dtype=jnp.float64):
 
 
 @pytest.mark.parametrize("make", [revnet, momentum, affine])
-@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("keyed", [True, *exhaustive(False)])
 def test_gradients_are_those_of_stored_activations(make, keyed, getkey):
     x, key = pair(getkey()), getkey() if keyed else None
     gradient = eqx.filter_jit(eqx.filter_grad(loss))

@@ -69,11 +69,11 @@ CASES = {
     "heun of diffrax": (dfx.ReversibleHeun(), FIXED, None),
     "heun of diffrax, adaptive, times": (dfx.ReversibleHeun(), ADAPTIVE, TIMES),
     "coupled heun, every third step": (dn.Reversible(dfx.Heun(), 0.99), FIXED, STEPS),
-    "heun of diffrax, every second step": (dfx.ReversibleHeun(), FIXED, dfx.SaveAt(steps=2)),
-    "coupled tsit5, adaptive, function": (dn.Reversible(dfx.Tsit5(), 0.99), ADAPTIVE, FUNCTION),
     "asynchronous leapfrog": (dn.AsynchronousLeapfrog(), FIXED, None),
 }
 MORE = {
+    "heun of diffrax, every second step": (dfx.ReversibleHeun(), FIXED, dfx.SaveAt(steps=2)),
+    "coupled tsit5, adaptive, function": (dn.Reversible(dfx.Tsit5(), 0.99), ADAPTIVE, FUNCTION),
     "coupled euler, function": (dn.Reversible(dfx.Euler(), 0.99), FIXED, FUNCTION),
     "coupled rk4, times": (dn.Reversible(dn.RungeKutta4(), 0.99), FIXED, TIMES),
     "coupled dopri5, adaptive": (dn.Reversible(dfx.Dopri5(), 0.9), ADAPTIVE, None),

@@ -178,7 +178,7 @@ def cosine(a, b):
 @pytest.mark.parametrize(
     ("cast", "tol"),
     [
-        pytest.param(double, 1e-8, id="float64"),
+        pytest.param(double, 1e-8, id="float64", marks=pytest.mark.full),
         pytest.param(lambda tree: tree, 1e-3, id="float32", marks=pytest.mark.full),
     ],
 )

@@ -130,11 +130,13 @@ class _Setting:
         # Infinite data (masked scores) stay where they are.
         self.direction = jnp.where(finite, jnp.asarray(rng.standard_normal(self.vector.size), self.dtype), 0)
         self.scale = jnp.where(finite, jnp.maximum(jnp.abs(self.vector), 1e-3), 0)
-        size = jax.eval_shape(self.value, self.vector).size
+        # Traced once: the transforms below start from what was traced, as those of a jitted model do.
+        self.traced = jax.jit(lambda vector: self.value(vector))
+        size = jax.eval_shape(self.traced, self.vector).size
         self.cotangent = jnp.asarray(rng.standard_normal(size), self.dtype)
-        self.scalar = lambda vector: jnp.sum(self.cotangent * self.value(vector))
+        self.scalar = lambda vector: jnp.sum(self.cotangent * self.traced(vector))
         # Compiled once, used by several checks.
-        self.jvp = jax.jit(lambda v, t: jax.jvp(self.value, (v,), (t,)))
+        self.jvp = jax.jit(lambda v, t: jax.jvp(self.traced, (v,), (t,)))
         self.gradient = jax.jit(jax.grad(self.scalar))
 
     def inputs(self, vector):
@@ -196,7 +198,7 @@ def _check_first_order(setting: _Setting, unrolled: bool):
     step = float(jnp.finfo(setting.dtype).eps) ** (1 / 3)
     # The solver's own error is divided by the step.
     loose = 1e-5 if setting.dtype == jnp.float64 else 3e-2
-    difference = (jax.jit(setting.value)(v + step * t) - setting.value(v - step * t)) / (2 * step)
+    difference = (setting.traced(v + step * t) - setting.value(v - step * t)) / (2 * step)
     reverse = setting.gradient(v) if "reverse" in setting.supported else None
     if "forward" in setting.supported:
         _, forward = setting.jvp(v, t)
@@ -222,7 +224,7 @@ def _check_first_order(setting: _Setting, unrolled: bool):
 def _check_batching(setting: _Setting):
     v = setting.vector
     lanes = v[None] + 1e-3 * jnp.arange(3, dtype=v.dtype)[:, None] * (setting.direction * setting.scale)[None]
-    batched = jax.jit(jax.vmap(setting.value))(lanes)
+    batched = jax.jit(jax.vmap(setting.traced))(lanes)
     single = jnp.stack([setting.value(lane) for lane in lanes])
     setting.close("vmap against a loop; jit against eager", batched, single, 100 * setting.tol.solver)
     if "reverse" in setting.supported:
@@ -231,7 +233,7 @@ def _check_batching(setting: _Setting):
         setting.close("grad of vmap against vmap of grad", outside, inside, 100 * setting.tol.solver)
         setting.close("vmap of grad against grad", inside[0], setting.gradient(lanes[0]), 100 * setting.tol.gradient)
     if {"reverse", "forward"} <= setting.supported:
-        forward, reverse = jax.jit(lambda v: (jax.jacfwd(setting.value)(v), jax.jacrev(setting.value)(v)))(v)
+        forward, reverse = jax.jit(lambda v: (jax.jacfwd(setting.traced)(v), jax.jacrev(setting.traced)(v)))(v)
         setting.close("jacfwd against jacrev", forward, reverse, 100 * setting.tol.gradient)
 
 
@@ -370,9 +372,7 @@ def _check_low_precision(setting: _Setting):
 
 
 def _check_export(setting: _Setting):
-    # Differentiated after it was traced: rules that run then are outside of the call of the node.
-    scalar = jax.jit(setting.scalar)
-    function = jax.value_and_grad(scalar) if "reverse" in setting.supported else scalar
+    function = jax.value_and_grad(setting.scalar) if "reverse" in setting.supported else setting.scalar
     exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(setting.vector)
     setting.row("export for " + ", ".join(PLATFORMS), set(exported.platforms) == set(PLATFORMS))
     # Targets of custom calls, not any text: source locations are in there too.
