@@ -297,3 +297,90 @@ def test_wrong_arguments_are_named():
         dn.ConstrainedArgmin(objective, lambda y, x: jnp.zeros(2, jnp.int32))(POINT, y0=POINT)
     with pytest.raises(ValueError, match="y0.equality"):
         dn.ConstrainedArgmin(objective, lambda y, x: y)(POINT, y0=dn.LagrangePoint(POINT, jnp.zeros(2)))
+
+
+def against_slsqp(y, x):
+    """A quartic bowl, tilted by x, in a shell that is not convex."""
+    return jnp.sum((y - x) ** 2) + 0.1 * jnp.sum(y**4) + 0.3 * y[0] * y[1]
+
+
+@pytest.mark.full
+def test_agrees_with_slsqp_and_with_the_plain_argmin():
+    import scipy.optimize
+
+    inner, outer = (lambda y, x: 1 - y @ y), (lambda y, x: y @ y - 4)
+    node = dn.ConstrainedArgmin(
+        against_slsqp, inequality=lambda y, x: jnp.stack([inner(y, x), outer(y, x)]), throw=False
+    )
+    x = jnp.asarray(
+        np.random.default_rng(0).standard_normal((6, 4)) * np.array([[0.2], [0.4], [1.0], [2.0], [4.0], [8.0]])
+    )
+    start = jnp.sign(x) * 0.8
+    solution = jax.jit(jax.vmap(lambda x, y0: node.solve(x, y0=y0)))(x, start)
+    assert np.all(np.asarray(solution.result._value) == 0), solution.report()
+    value, slope = jax.jit(against_slsqp), jax.jit(jax.grad(against_slsqp))
+    for point, data, y0 in zip(solution.value, x, start, strict=True):
+        found = scipy.optimize.minimize(
+            lambda y, data=data: float(value(jnp.asarray(y), data)),
+            np.asarray(y0),
+            jac=lambda y, data=data: np.asarray(slope(jnp.asarray(y), data)),
+            method="SLSQP",
+            constraints={"type": "ineq", "fun": lambda y: np.array([y @ y - 1, 4 - y @ y])},
+            options={"ftol": 1e-15, "maxiter": 500},
+        )
+        np.testing.assert_allclose(point, found.x, atol=1e-6)
+    # Without constraints, and where they do not bind, it is `Argmin`, gradients included.
+    free = dn.ConstrainedArgmin(against_slsqp, inequality=outer)
+    plain = dn.Argmin(against_slsqp)
+    data = jnp.array([0.3, -0.6, 0.2, 0.5])
+    for f in (lambda node: node(data, y0=data), lambda node: jax.jacobian(lambda data: node(data, y0=data))(data)):
+        np.testing.assert_allclose(f(free), f(plain), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.full
+def test_rosenbrock_on_a_disc_and_problems_7_and_26():
+    rosenbrock = lambda y, x: 100 * (y[1] - y[0] ** 2) ** 2 + (1 - y[0]) ** 2
+    disc = dn.ConstrainedArgmin(rosenbrock, inequality=lambda y, r: y @ y - r**2)
+    optimum = disc.solve(jnp.array(1.0), y0=jnp.array([-0.5, 0.5]))
+    np.testing.assert_allclose(optimum.value, [0.786415151, 0.617698316], atol=1e-8)  # to nine digits
+    slope = jax.jit(jax.grad(lambda r: rosenbrock(disc(r, y0=jnp.array([0.5, 0.5])), r)))(jnp.array(1.0))
+    # The envelope theorem: the multiplier, times what the radius does to the constraint.
+    np.testing.assert_allclose(slope, -2 * optimum.dual.inequality, rtol=1e-6)
+
+    seven = dn.ConstrainedArgmin(
+        lambda y, x: jnp.log1p(y[0] ** 2) - y[1], lambda y, x: (1 + y[0] ** 2) ** 2 + y[1] ** 2 - 4
+    )
+    np.testing.assert_allclose(seven(None, y0=jnp.array([2.0, 2.0])), [0, 3**0.5], atol=1e-7)
+
+    # The Hessian of the Lagrangian is singular at the minimum of problem 26: found to what that allows, or told.
+    flat = dn.ConstrainedArgmin(
+        lambda y, x: (y[0] - y[1]) ** 2 + (y[1] - y[2]) ** 4,
+        lambda y, x: (1 + y[1] ** 2) * y[0] + y[2] ** 4 - 3,
+        throw=False,
+    )
+    solution = flat.solve(None, y0=jnp.array([-2.6, 2.0, 2.0]))
+    found = bool(solution.result == dn.RESULTS.successful)
+    assert not found or float(solution.objective) < 1e-10, solution.report()
+
+
+@pytest.mark.full
+def test_in_series_and_in_parallel():
+    onto = dn.ConstrainedArgmin(lambda y, x: jnp.sum((y - x[0]) ** 2), lambda y, x: x[1] @ y**2 - 1)
+    near = dn.ConstrainedArgmin(
+        lambda y, x: jnp.sum((y - x) ** 2) + jnp.sum(y**4), inequality=lambda y, x: y[0] + y[1] - 1
+    )
+
+    def model(x, axes):
+        first = onto((x, axes), y0=x)
+        left, right = near(first, y0=first), onto((first + x, 2 * axes), y0=x)
+        return jnp.sum(jnp.sin(left) * right)
+
+    x, axes = jnp.array([0.9, 1.4, -0.5]), jnp.array([0.5, 1.0, 2.0])
+    gradient = jax.jit(jax.grad(model, (0, 1)))(x, axes)
+    value = jax.jit(model)
+    for number, (data, slope) in enumerate(zip((x, axes), gradient, strict=True)):
+        for i in range(3):
+            shift = 1e-5 * jnp.eye(3)[i]
+            ends = [value(*((x, axes + s * shift) if number else (x + s * shift, axes))) for s in (1, -1)]
+            np.testing.assert_allclose(slope[i], (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+        del data
