@@ -139,6 +139,10 @@ def test_failures_have_a_status_and_nan_where_asked_for():
     assert np.all(np.isnan(slope[1:]))
     off = dn.NeuralODE(lambda t, y, _: y**2, steps=50, t1=10.0, throw=False).solve(jnp.ones(1))
     assert off.result == dn.RESULTS.ode_nonfinite
+    # It runs off in the last but one step: the halves of the coupled state cancel to zero, which is no solution.
+    last = dn.NeuralODE(lambda t, y, _: y**2, steps=20, throw=False).solve(jnp.array(1.1))
+    assert last.result == dn.RESULTS.ode_nonfinite
+    assert np.isnan(last.value)
     for ts in (TIMES[::-1], 2 * TIMES, TIMES.at[1].set(jnp.nan)):
         assert quiet.solve(dn.InitialValue(jnp.ones(1), None, ts)).result == dn.RESULTS.bad_times
     with pytest.raises(dn.SolveError, match="not solved up to its end"):

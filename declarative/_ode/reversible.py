@@ -149,6 +149,21 @@ class Pair(eqx.Module):
         return Pair(self.z, self.d, stretch)
 
 
+def _unless_lost(y1, exact, y0):
+    """y1, or NaN where it is no longer what the step computed.
+
+    The step back from y1 may be enormous where the solution runs off within the step. The halves of the state then are large and opposite, and
+    their sum is rounding: zero, say, in place of a number that is about to overflow.
+    """
+    if not jtu.tree_leaves(y1):
+        return y1
+    top = lambda leaf: jnp.max(jnp.abs(leaf), initial=0).astype(float)
+    size = lambda *trees: jnp.max(jnp.stack([top(leaf) for leaf in jtu.tree_leaves(trees)]))
+    eps = float(jnp.finfo(precision(y1)).eps)
+    lost = size(subtract(y1, exact)) > eps**0.5 * size(exact, y0)
+    return jtu.tree_map(lambda leaf: jnp.where(lost, jnp.nan, leaf), y1)
+
+
 class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
     r"""Any explicit Runge-Kutta method of diffrax made reversible, at its own order, by the coupling (C) of this module.
 
@@ -226,10 +241,10 @@ class Reversible(AbstractReversibleSolver, dfx.AbstractWrappedSolver):
         control = terms.contr(t0, t1)
         up, stages = self._increment(terms, t0, t1, control, z, args)
         kept = self._damp(solver_state, t0, t1, d)
-        y1 = add(z, add(kept, up))
-        down = self._decrement(terms, t0, t1, control, y1, args)
+        exact = add(z, add(kept, up))
+        down = self._decrement(terms, t0, t1, control, exact, args)
         state = Pair(add(z, down), subtract(add(kept, up), down), solver_state.stretch)
-        y1 = add(state.z, state.d)
+        y1 = _unless_lost(add(state.z, state.d), exact, y0)
         error = None if isinstance(self.solver, dfx.Euler) else _combine(self.tableau.b_error, stages)
         return y1, error, self._dense(z, up, stages, d, kept), state, dfx.RESULTS.successful
 
