@@ -40,6 +40,10 @@ from ._nodes.geometry.eigen import Eigenpairs as Eigenpairs
 from ._nodes.geometry.least_squares import LeastSquaresData as LeastSquaresData
 from ._nodes.geometry.least_squares import LeastSquaresPoint as LeastSquaresPoint
 from ._nodes.geometry.least_squares import WeightedLeastSquares as WeightedLeastSquares
+from ._nodes.geometry.perspective import PerspectiveData as PerspectiveData
+from ._nodes.geometry.perspective import PerspectiveNPoint as PerspectiveNPoint
+from ._nodes.geometry.perspective import Pose as Pose
+from ._nodes.geometry.perspective import PosePoint as PosePoint
 from ._nodes.geometry.sphere import SphereLeastSquares as SphereLeastSquares
 from ._nodes.geometry.sphere import SpherePoint as SpherePoint
 from ._nodes.inference.elbo import ELBO as ELBO
@@ -56,6 +60,15 @@ from ._nodes.maps.entmax import Entmax as Entmax
 from ._nodes.maps.simplex import Scores as Scores
 from ._nodes.maps.softmax import Softmax as Softmax
 from ._nodes.maps.sparsemax import Sparsemax as Sparsemax
+from ._nodes.ordering.functions import isotonic_regression as isotonic_regression
+from ._nodes.ordering.functions import soft_rank as soft_rank
+from ._nodes.ordering.functions import soft_sort as soft_sort
+from ._nodes.ordering.isotonic import Isotonic as Isotonic
+from ._nodes.ordering.isotonic import IsotonicData as IsotonicData
+from ._nodes.ordering.isotonic import IsotonicPoint as IsotonicPoint
+from ._nodes.ordering.permutahedron import OrderedPoint as OrderedPoint
+from ._nodes.ordering.soft_rank import SoftRank as SoftRank
+from ._nodes.ordering.soft_sort import SoftSort as SoftSort
 from ._nodes.pooling.points import Points as Points
 from ._nodes.pooling.robust import RobustPool as RobustPool
 from ._nodes.pooling.robust_vector import RobustVectorPool as RobustVectorPool
@@ -82,7 +95,10 @@ from ._nodes.projections.boxes import NonNegative as NonNegative
 from ._nodes.projections.cones import PositiveSemidefinite as PositiveSemidefinite
 from ._nodes.projections.cones import SecondOrderCone as SecondOrderCone
 from ._nodes.projections.cones import Spectraplex as Spectraplex
+from ._nodes.projections.functions import kl_projection_birkhoff as kl_projection_birkhoff
+from ._nodes.projections.functions import kl_projection_transport as kl_projection_transport
 from ._nodes.projections.functions import projection_affine_set as projection_affine_set
+from ._nodes.projections.functions import projection_birkhoff as projection_birkhoff
 from ._nodes.projections.functions import projection_box as projection_box
 from ._nodes.projections.functions import projection_box_section as projection_box_section
 from ._nodes.projections.functions import projection_capped_simplex as projection_capped_simplex
@@ -101,6 +117,7 @@ from ._nodes.projections.functions import projection_second_order_cone as projec
 from ._nodes.projections.functions import projection_simplex as projection_simplex
 from ._nodes.projections.functions import projection_sparse_simplex as projection_sparse_simplex
 from ._nodes.projections.functions import projection_spectraplex as projection_spectraplex
+from ._nodes.projections.functions import projection_transport as projection_transport
 from ._nodes.projections.functions import projection_weighted_l1_ball as projection_weighted_l1_ball
 from ._nodes.projections.projection import Projection as Projection
 from ._nodes.projections.sets import AbstractSet as AbstractSet
@@ -109,6 +126,8 @@ from ._nodes.projections.sets import ProjectionPoint as ProjectionPoint
 from ._nodes.projections.simplices import BoxSection as BoxSection
 from ._nodes.projections.simplices import CappedSimplex as CappedSimplex
 from ._nodes.projections.simplices import Simplex as Simplex
+from ._nodes.projections.transport import Birkhoff as Birkhoff
+from ._nodes.projections.transport import TransportPolytope as TransportPolytope
 from ._nodes.proximal.lasso import Lasso as Lasso
 from ._nodes.proximal.lasso import LassoData as LassoData
 from ._nodes.proximal.proxes import make_prox_from_projection as make_prox_from_projection
@@ -124,6 +143,9 @@ from ._nodes.proximal.proximal_argmin import ProximalArgmin as ProximalArgmin
 from ._nodes.proximal.total_variation import TotalVariation as TotalVariation
 from ._nodes.proximal.total_variation import TotalVariationData as TotalVariationData
 from ._nodes.proximal.total_variation import TotalVariationPoint as TotalVariationPoint
+from ._nodes.transport.entropic import EntropicTransport as EntropicTransport
+from ._nodes.transport.entropic import ScaledPotentials as ScaledPotentials
+from ._nodes.transport.entropic import TransportData as TransportData
 from ._ode.adjoint import ReversibleAdjoint as ReversibleAdjoint
 from ._ode.reversible import AbstractReversibleSolver as AbstractReversibleSolver
 from ._ode.reversible import AsynchronousLeapfrog as AsynchronousLeapfrog

@@ -1,11 +1,12 @@
 """Robust pooling beyond the check kit: hostile data, conventions where a minimum is not unique, units, masks, shapes."""
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 
 import declarative as dn
 
@@ -111,3 +112,17 @@ def test_shapes():
 def test_misuse_is_named(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("node", [dn.RobustPool, dn.RobustVectorPool])
+def test_welsch_does_not_crawl_past_an_inflection(node):
+    """Two points so far apart that the middle is all but flat, a little downhill to one side: reweighting alone takes over 800 steps."""
+    x, w = jnp.array([[-1.002], [0.0], [1.002]]), jnp.array([1.0, 1e-4, 1 + 1e-6])
+    pool = node("welsch", 1.0, start="centre", throw=False)
+    out = pool.solve(dn.Points(x, w))
+    assert out.result == dn.RESULTS.successful
+    assert out.stats["steps"] < 60
+    slope = lambda u: float(
+        np.sum(np.asarray(w) * np.exp(-((u - np.asarray(x)[:, 0]) ** 2) / 2) * (u - np.asarray(x)[:, 0]))
+    )
+    np.testing.assert_allclose(float(out.value[0]), scipy.optimize.brentq(slope, 0.01, 0.5, xtol=1e-15), rtol=1e-7)

@@ -7,7 +7,8 @@ The matrix is the signless Laplacian of the graph with weights $W$, plus a diago
 any $\rho$ or $\sigma$ it has the null vector $(1, -1)$, and (B) a solution if $p$ and $q$ have the same sum there; solutions
 differ by what $W \circ (u 1^\top + 1 v^\top)$ does not see. The Schur complement on $v$,
 
-$$ S = \mathrm{diag}(c) - G, \quad G = W^\top \mathrm{diag}(r)^{-1} W, \qquad S_{jj} = \sigma_j + (W^\top (\rho / r))_j + \sum_{k \ne j} G_{jk},        \tag{S} $$
+$$ S = \mathrm{diag}(c) - G, \quad G = W^\top \mathrm{diag}(r)^{-1} W, \qquad
+   S_{jj} = \sigma_j + (W^\top (\rho / r))_j + \sum_{k \ne j} G_{jk},                                                    \tag{S} $$
 
 has a diagonal without a difference in it, so that weights of any size keep their digits. A row with $r_i = 0$ takes no part: $u_i = 0$.
 """
@@ -87,7 +88,7 @@ def damped_schur_solve(
 
 
 class Components(eqx.Module):
-    """The connected component of every row and column that has one: an index below `count`, which stands for none."""
+    """The component of every row and column that has one: an index below `count`, which stands for none."""
 
     rows: Int[Array, " n"]
     columns: Int[Array, " m"]
@@ -109,20 +110,28 @@ class Components(eqx.Module):
 
 
 def components(edges: Bool[Array, "n m"], rows: Bool[Array, " n"], columns: Bool[Array, " m"]) -> Components:
-    """Of the graph of the rows and columns that take part. A row without an edge has none; such a column is one by itself."""
+    """Of the graph of the rows and columns that take part. One that does not gets the component of its first neighbour that does.
+
+    A row without a neighbour has none; a column that takes part is one by itself then.
+    """
     m = columns.size
-    edges = edges & rows[:, None] & columns[None, :]
+    to_rows, to_columns = edges & columns[None, :], edges & rows[:, None]
+
+    def of_rows(labels):
+        return jnp.min(jnp.where(to_rows, labels[None, :], m), axis=1)
+
+    def of_columns(labels):
+        return jnp.min(jnp.where(to_columns, labels[:, None], m), axis=0)
 
     def body(carry):
-        labels, _, _ = carry
-        of_rows = jnp.min(jnp.where(edges, labels[None, :], m), axis=1)
-        new = jnp.minimum(labels, jnp.min(jnp.where(edges, of_rows[:, None], m), axis=0))
-        return new, of_rows, jnp.any(new != labels)
+        labels, _ = carry
+        new = jnp.where(columns, jnp.minimum(labels, of_columns(of_rows(labels))), m)
+        return new, jnp.any(new != labels)
 
-    labels = jnp.where(columns, jnp.arange(m, dtype=jnp.int32), m)
-    start = (labels, jnp.full(rows.size, m, jnp.int32), jnp.ones((), bool))
-    labels, of_rows, _ = jax.lax.while_loop(lambda carry: carry[2], body, start)
-    return Components(of_rows, labels, m)
+    start = (jnp.where(columns, jnp.arange(m, dtype=jnp.int32), m), jnp.ones((), bool))
+    labels, _ = jax.lax.while_loop(lambda carry: carry[1], body, start)
+    by_row = of_rows(labels)
+    return Components(by_row, jnp.where(columns, labels, of_columns(by_row)), m)
 
 
 # Factors
@@ -164,7 +173,10 @@ class BipartiteFactor(eqx.Module):
         return self.groups.spread(sums)[1]
 
 
-def bipartite_factor(system: Bipartite, groups: Components | None) -> BipartiteFactor:
+def bipartite_factor(
+    system: Bipartite, groups: Components | None, needed: bool | Bool[Array, ""] = True
+) -> BipartiteFactor:
+    """As it says; lanes of a batch that do not need it cost little on CPU, and get zeros."""
     n, m = system.weights.shape
     assert m <= n
     if m > _DENSE:
@@ -174,7 +186,7 @@ def bipartite_factor(system: Bipartite, groups: Components | None) -> BipartiteF
         c, labels = system.columns, groups.columns
         _, total = groups.spread(groups.sums(jnp.zeros(n, c.dtype), c))
         pinned = jnp.where(labels[:, None] == labels[None, :], c[:, None] * c[None, :] * inverse(total)[None, :], 0)
-    root = _schur_root(jnp.ones((), bool), system.weights, system.row_excess, system.column_excess, pinned)
+    root = _schur_root(jnp.asarray(needed), system.weights, system.row_excess, system.column_excess, pinned)
     return BipartiteFactor(system, groups, InverseRoot(root))
 
 

@@ -50,23 +50,6 @@ class Bordered(AbstractStructuredSolver):
         return unravel(jnp.append(a - c * mu, mu)), lx.RESULTS.successful, {}
 
 
-def declare_unstructured(operator: type[lx.AbstractLinearOperator]) -> None:
-    """What lineax asks of an operator class, for one with no structure to declare and whose entries are its linearisation."""
-    for function in (lx.linearise, lx.materialise, lx.conj):
-        function.register(operator)(lambda operator: operator)
-    for function in (
-        lx.is_symmetric,
-        lx.is_diagonal,
-        lx.is_tridiagonal,
-        lx.is_lower_triangular,
-        lx.is_upper_triangular,
-        lx.is_positive_semidefinite,
-        lx.is_negative_semidefinite,
-        lx.has_unit_diagonal,
-    ):
-        function.register(operator)(lambda operator: False)
-
-
 @lx.diagonal.register(BorderedDiagonal)
 def _(operator):
     return jnp.append(operator.diagonal, operator.corner)

@@ -8,7 +8,7 @@ r"""Robust means: the minimiser of $\sum_i w_i\,\alpha^2\psi(|u - x_i|/\alpha)$,
                  Huber the last Newton step is exact. Otherwise: a start, then Newton steps as long as they do not climb; else a step of at most 1.9
                  times the one to the weighted mean with weights $w\omega$ (iteratively reweighted least squares). That one descends: $\omega$ falls
                  with $s$, so $\psi(z) \le \psi(z_0) + \omega(z_0)(z^2 - z_0^2)/2$, a quadratic, which falls along its own step up to twice its
-                 length.
+                 length. Longer ones are tried where one after the other of these goes down.
 **Gradient.**    Implicit function theorem on (K1), for columns: with $k_i = w_i\psi''(z_i)$,
                  $\mathrm du = \big(\sum_i k_i(\mathrm dx_i + z_i\,\mathrm d\alpha) - \alpha\sum_i \psi'(z_i)\,\mathrm dw_i\big) / \sum_i k_i$
                  (G1). All modes, any order.
@@ -337,7 +337,8 @@ class _Sums(NamedTuple):
 class _Descent(NamedTuple):
     u: Float[Array, " c"]
     sums: _Sums
-    cautious: Bool[Array, " c"]  # the last Newton step climbed
+    cautious: Bool[Array, " c"]  # the last step climbed
+    stride: Float[Array, " c"]  # of a step that is not Newton's, in steps to the reweighted mean
     done: Bool[Array, " c"]
     steps: Int[Array, ""]
 
@@ -363,13 +364,17 @@ def _descend(penalty, max_steps, loop, x, w, alpha, start, finite):
         ratio = weight / jnp.where(curved, at.curvature, 1)
         # The Newton step, not further than alpha: beyond, there may be another minimum.
         newton = curved & ((ratio <= 1.9) | (~state.cautious & (ratio * jnp.abs(step) <= alpha)))
-        step = step * jnp.where(newton, ratio, 1.9)
+        # Where the slope is small and the curvature negative, a little downhill of an inflection, 1.9 crawls: twice as far each time, at most
+        # by alpha, as long as that leads nowhere but further down.
+        far = jnp.minimum(state.stride, jnp.maximum(alpha / jnp.maximum(jnp.abs(step), 1e-30), 1.9))
+        step = step * jnp.where(newton, ratio, far)
         # Nothing left but rounding: a minimum, or else a maximum, from which any small step goes down.
         still = jnp.abs(at.slope) <= eps * at.pull
         step = jnp.where(still & ~curved, eps**0.25 * alpha, step)
         u = state.u + step
         new = sums(u)
         lower = new.value <= at.value + 4 * eps * mass
+        lower = lower & (newton | (far <= 1.9) | (at.slope * new.slope >= 0))
         # What rounding leaves of a step; the step is taken even so.
         settled = newton & (jnp.abs(step) <= 4 * eps * jnp.maximum(jnp.abs(u), alpha))
         if penalty.smooth and loop is lax_loop:
@@ -379,11 +384,18 @@ def _descend(penalty, max_steps, loop, x, w, alpha, start, finite):
         settled = settled | (still & curved) | (at.pull == 0)
         keep = state.done | ~(lower | settled)
         choose = lambda old, new: jnp.where(keep, old, new)
+        stride = jnp.where(newton & keep, state.stride, jnp.where(keep | newton, 1.9, 2 * state.stride))
         return _Descent(
-            choose(state.u, u), jax.tree.map(choose, at, new), keep & ~state.done, state.done | settled, state.steps + 1
+            choose(state.u, u),
+            jax.tree.map(choose, at, new),
+            keep & ~state.done,
+            stride,
+            state.done | settled,
+            state.steps + 1,
         )
 
-    state = _Descent(start, sums(start), jnp.zeros_like(finite), ~finite, jnp.zeros((), jnp.int32))
+    first = jnp.full_like(start, 1.9)
+    state = _Descent(start, sums(start), jnp.zeros_like(finite), first, ~finite, jnp.zeros((), jnp.int32))
     state = loop(lambda state: ~jnp.all(state.done), body, state, max_steps=max_steps)
     return state.u, state.steps, jnp.all(state.done)
 
@@ -421,6 +433,7 @@ class _VectorDescent(NamedTuple):
     u: Float[Array, " c"]
     sums: _VectorSums
     cautious: Bool[Array, ""]
+    stride: Float[Array, ""]
     done: Bool[Array, ""]
     steps: Int[Array, ""]
 
@@ -484,26 +497,37 @@ def vector(
         weight = jnp.where(sums.weight > 0, sums.weight, 1)
         step = -alpha * sums.slope / weight
         length = lambda step: jax.lax.stop_gradient(jnp.max(jnp.abs(step)))
-        newton = jnp.zeros((), bool)
+        newton, far = jnp.zeros((), bool), jnp.ones_like(weight)
         if loop is lax_loop:
+            # As for columns, but for the 1.9.
+            far = jnp.minimum(state.stride, jnp.maximum(alpha / jnp.maximum(length(step), 1e-30), 1))
             exact = newton_step(state.u, sums._replace(weight=weight))
             newton = jnp.all(jnp.isfinite(exact)) & ~state.cautious
             if not penalty.convex:
                 newton = newton & (length(exact) <= alpha)
-            step = jnp.where(newton, exact, step)
+            step = jnp.where(newton, exact, far * step)
         u = state.u + step
         new = at(u)
         lower = new.value <= sums.value + 8 * eps * (mass + jnp.abs(sums.value))
+        lower = lower & (newton | (far <= 1) | (sums.slope @ new.slope >= 0))
         size = jnp.maximum(length(u), sums.pull)
         settled = (
             (length(step) <= 4 * eps * size) | (newton & (length(step) <= eps**0.75 * size)) | jnp.all(sums.slope == 0)
         )
         keep = state.done | ~(lower | settled)
         choose = lambda old, new: jnp.where(keep, old, new)
+        stride = jnp.where(newton & keep, state.stride, jnp.where(keep | newton, 1, 2 * state.stride))
         return _VectorDescent(
-            choose(state.u, u), jax.tree.map(choose, sums, new), keep, state.done | settled, state.steps + 1
+            choose(state.u, u),
+            jax.tree.map(choose, sums, new),
+            keep,
+            stride,
+            state.done | settled,
+            state.steps + 1,
         )
 
-    state = _VectorDescent(first, at(first), jnp.zeros((), bool), ~finite, jnp.zeros((), jnp.int32))
+    state = _VectorDescent(
+        first, at(first), jnp.zeros((), bool), jnp.ones_like(mass), ~finite, jnp.zeros((), jnp.int32)
+    )
     state = loop(lambda state: ~state.done, body, state, max_steps=max_steps)
     return Pooled(jnp.where(finite, state.u, jnp.nan), state.steps + before, state.done & converged, finite)

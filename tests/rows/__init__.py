@@ -1,8 +1,12 @@
 """The table of nodes: what to build, on which data, against which reference. A new node is one row in the module of its family."""
 
-from . import constrained, core, geometry, pooling, projections, proximal
+from . import constrained, core, geometry, ordering, pooling, projections, proximal, transport
 
-ROWS = [row for family in (core, projections, proximal, constrained, pooling, geometry) for row in family.ROWS]
+ROWS = [
+    row
+    for family in (core, projections, proximal, constrained, pooling, geometry, ordering, transport)
+    for row in family.ROWS
+]
 
 CASES = [(row, adjoint) for row in ROWS for adjoint in row.adjoints]
 

@@ -5,6 +5,7 @@
 import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
+import scipy.spatial
 
 import declarative as dn
 
@@ -87,6 +88,52 @@ def centre(x):
     return y
 
 
+def pose(x):
+    """SciPy's least squares in a rotation vector about the true pose, then Newton steps with a Hessian by differences."""
+    X, u, w, K = arrays(x)
+    turn = scipy.spatial.transform.Rotation.from_rotvec
+
+    def residuals(p):
+        # The rotation by p[:3] in front of the true one, to more than the order that a derivative at p = 0 can see; complex p welcome.
+        (a, b, c), zero = p[:3], 0 * p[0]
+        skew = np.array([[zero, -c, b], [c, zero, -a], [-b, a, zero]])
+        cayley = np.linalg.solve(np.eye(3) - skew / 2, np.eye(3) + skew / 2)
+        seen = X @ (cayley @ start).T + p[3:] + SHIFT
+        image = seen @ K.T
+        return (np.sqrt(w)[:, None] * (image[:, :2] / image[:, 2:] - u)).reshape(-1)
+
+    step = 1e-30j
+    jacobian = lambda p: np.stack([residuals(p + step * e).imag / 1e-30 for e in np.eye(6)], axis=1)
+    start = turn(TURN).as_matrix()
+    p = scipy.optimize.least_squares(
+        residuals, np.zeros(6), jacobian, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15
+    ).x
+    gradient = lambda p: jacobian(p).T @ residuals(p)
+    hessian = np.stack([(gradient(p + h) - gradient(p - h)) / 2e-5 for h in 1e-5 * np.eye(6)], axis=1)
+    for _ in range(5):
+        p = p - np.linalg.solve(hessian, gradient(p))
+    (a, b, c) = p[:3]
+    skew = np.array([[0, -c, b], [c, 0, -a], [-b, a, 0]])
+    rotation = np.linalg.solve(np.eye(3) - skew / 2, np.eye(3) + skew / 2) @ start
+    return dn.Pose(jnp.asarray(rotation), jnp.asarray(p[3:] + SHIFT))
+
+
+TURN, SHIFT = np.array([0.4, -1.1, 0.7]), np.array([0.3, -0.2, 5.0])
+CAMERA = np.array([[1.2, 0.1, 0.3], [0.0, 1.1, -0.2], [0.0, 0.0, 1.0]])
+
+
+def scene(line=None):
+    """Seven points, on a line if one is given, and images of them with some noise."""
+    X = np.random.default_rng(8).standard_normal((7, 3))
+    X = X if line is None else X[:, :1] * np.asarray(line)
+    image = (X @ scipy.spatial.transform.Rotation.from_rotvec(TURN).as_matrix().T + SHIFT) @ CAMERA.T
+    u = image[:, :2] / image[:, 2:] + 0.02 * np.random.default_rng(9).standard_normal((7, 2))
+    w = np.array([0.5, 1.2, 0.3, 2.0, 0.9, 1.5, 0.7])
+    return dn.PerspectiveData(*(jnp.asarray(block) for block in (X, u, w, CAMERA)))
+
+
+SCENE = scene()
+LINE = scene(jnp.array([[1.0, 2.0, -1.0]]))
 RADIUS = jnp.array(0.8)
 
 ROWS = [
@@ -136,5 +183,17 @@ ROWS = [
         },
         unrolled=False,  # the centre is not a function of the path; the elimination in the loop has no derivative
         slow=True,
+    ),
+    Row(
+        "perspective-n-point",
+        lambda **kw: dn.PerspectiveNPoint(**kw),
+        SCENE,
+        reference=pose,
+        feasible=lambda y, x: jnp.max(jnp.abs(y.rotation @ y.rotation.T - jnp.eye(3))),
+        failures={
+            "empty": dn.PerspectiveData(SCENE.points, SCENE.pixels, 0 * SCENE.weights, SCENE.intrinsics),
+            "not_unique": LINE,
+        },
+        fast=False,  # a minute of compilation; tests/test_perspective.py has the gradient in both modes
     ),
 ]

@@ -18,12 +18,14 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from ..transport.entropic import EntropicTransport
 from .affine import AffineSet, HalfSpace, Hyperplane, Polyhedron
 from .balls import L1Ball, L1Sphere, L2Ball, L2Sphere
 from .boxes import Box, NonNegative
 from .cones import PositiveSemidefinite, SecondOrderCone, Spectraplex
 from .projection import Projection
 from .simplices import BoxSection, CappedSimplex, Simplex
+from .transport import Birkhoff, TransportPolytope
 
 _Number = Any  # a number or a scalar array, of JAX or NumPy; the sets name what is wrong with it
 
@@ -173,6 +175,41 @@ def projection_positive_semidefinite(x: Float[Array, "n n"]) -> Float[Array, "n 
 def projection_spectraplex(x: Float[Array, "n n"], value: _Number = 1.0) -> Float[Array, "n n"]:
     """Onto the positive semidefinite matrices of trace `value`: see `Spectraplex`."""
     return Spectraplex(value).project(x)
+
+
+def projection_transport(sim_matrix: Float[Array, "n m"], marginals: tuple[Any, Any]) -> Float[Array, "n m"]:
+    """Onto the plans P with row sums a and column sums b, `marginals = (a, b)`: see `TransportPolytope`.
+
+    JAXopt's `make_solver` and `use_semi_dual` have no counterpart here or below: there is one solver, and it solves to the last digits.
+    """
+    return TransportPolytope(*marginals).project(sim_matrix)
+
+
+def projection_birkhoff(sim_matrix: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Onto the doubly stochastic matrices: see `Birkhoff`."""
+    return Birkhoff().project(sim_matrix)
+
+
+def kl_projection_transport(sim_matrix: Float[Array, "n m"], marginals: tuple[Any, Any]) -> Float[Array, "n m"]:
+    """Onto the plans P with row sums a and column sums b, `marginals = (a, b)`, from exp(`sim_matrix`) in the sense of Kullback and Leibler.
+
+    The plan that minimises KL(P | exp(sim_matrix)): see `EntropicTransport`, with costs `-sim_matrix` and epsilon 1. -inf forbids a pair.
+    """
+    a, b = marginals
+    return EntropicTransport(1.0, throw=False)(-jnp.asarray(sim_matrix), jnp.asarray(a), jnp.asarray(b))
+
+
+def kl_projection_birkhoff(sim_matrix: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """Onto the doubly stochastic matrices, from exp(`sim_matrix`) in the sense of Kullback and Leibler: see `kl_projection_transport`."""
+    ones = jnp.ones(_size_of_square(sim_matrix), jnp.asarray(sim_matrix).dtype)
+    return kl_projection_transport(sim_matrix, (ones, ones))
+
+
+def _size_of_square(matrix: Any) -> int:
+    shape = jnp.shape(matrix)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        raise ValueError(f"a doubly stochastic matrix is square: got shape {shape}; for batches use `jax.vmap`.")
+    return shape[0]
 
 
 def _vector(tree: PyTree) -> Float[Array, " n"]:

@@ -26,14 +26,14 @@ class Projection(AbstractDeclarativeNode):
 
     | symbol | code         | shape                | meaning                                       |
     |--------|--------------|----------------------|-----------------------------------------------|
-    | $x$    | `x`          | `(n,)`, or `(n, n)`  | what is projected                             |
+    | $x$    | `x`          | `(n,)`, or a matrix  | what is projected                             |
     | $y$    | `value`      | as x                 | the point of the set                          |
     |        | `dual`       | see the set          | multipliers                                   |
     |        | `objective`  | `()`                 | $\tfrac12\|y - x\|^2$                         |
 
     **Arguments:** `onto`: `Simplex`, `CappedSimplex`, `BoxSection`, `L1Ball`, `L2Ball`, `LInfBall`, `L1Sphere`, `L2Sphere`, `Box`,
-    `NonNegative`, `Hyperplane`, `HalfSpace`, `AffineSet`, `Polyhedron`, `SecondOrderCone`, `PositiveSemidefinite`, `Spectraplex`. `throw`,
-    `on_failure`, `max_steps`, `adjoint`: see `Policy` and `ImplicitAdjoint`.
+    `NonNegative`, `Hyperplane`, `HalfSpace`, `AffineSet`, `Polyhedron`, `SecondOrderCone`, `PositiveSemidefinite`, `Spectraplex`,
+    `TransportPolytope`, `Birkhoff`. `throw`, `on_failure`, `max_steps`, `adjoint`: see `Policy` and `ImplicitAdjoint`.
     **Call:** `projection(x, mask=None)`; `mask` is boolean, True where an entry takes part (simplices, box sections, balls, spheres, boxes).
     Masked entries give 0 and get no gradient.
     **Returns:** an array like x, float32 or float64 (half precision is computed in float32).

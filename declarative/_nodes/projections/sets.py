@@ -55,7 +55,8 @@ class AbstractSet(eqx.Module):
     """
 
     takes_mask: ClassVar[bool] = False
-    rank: ClassVar[int] = 1  # of what is projected: vectors, or 2 for square matrices
+    rank: ClassVar[int] = 1  # of what is projected: vectors, or 2 for matrices
+    square: ClassVar[bool] = True  # whether these have to be square
     closed_form: ClassVar[bool] = True  # the derivative of `run` is the rule
 
     @abc.abstractmethod
@@ -110,8 +111,9 @@ def pack(x: Any, mask: Any = None) -> ProjectionData:
 def check(onto: AbstractSet, data: ProjectionData) -> None:
     """Shapes and dtypes; nothing that depends on values."""
     name, x, mask = type(onto).__name__, data.x, data.mask
-    form = "one vector, shape (n,)" if onto.rank == 1 else "one square matrix, shape (n, n)"
-    if x.ndim != onto.rank or len(set(x.shape)) != 1:
+    matrix = "one square matrix, shape (n, n)" if onto.square else "one matrix, shape (n, m)"
+    form = "one vector, shape (n,)" if onto.rank == 1 else matrix
+    if x.ndim != onto.rank or (onto.square and len(set(x.shape)) != 1):
         raise ValueError(f"the projection onto {name} takes {form}, got shape {x.shape}: use `jax.vmap` for batches.")
     if x.size == 0 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"the projection onto {name} takes non-empty floating arrays, got {x.dtype}{list(x.shape)}.")
