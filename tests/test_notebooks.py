@@ -59,6 +59,8 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[str]:
 
 # Those that compile longest are in the exhaustive tier: run them after a change to what they show.
 LONG = (
+    "02_optnet",
+    "03_memory",
     "04_neural_ode",
     "05_semi_amortised_inference",
     "06_posterior_collapse",

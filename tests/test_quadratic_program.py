@@ -387,7 +387,7 @@ def test_a_slow_start_is_not_given_up():
     assert solution.stats["residual"] < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_what_a_batch_shares_stays_shared(getkey):
     n, p, batch = 30, 24, 32
     keys = jr.split(getkey(), 4)

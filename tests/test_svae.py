@@ -206,7 +206,7 @@ def test_a_standard_normal_prior():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("components", [0, 4])
+@pytest.mark.parametrize("components", [0, pytest.param(4, marks=pytest.mark.full)])
 def test_a_short_run(tmp_path, components):
     from train.svae import Config, train
 

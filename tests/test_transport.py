@@ -107,7 +107,7 @@ def test_plans_against_sinkhorn(rho):
     assert np.max(solution.stats["steps"]) < 60
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_transposed_costs_give_the_transposed_plan():
     """The linear algebra takes the smaller side; here it is the other one."""
     cases = [CASES[name] for name in ("usual", "forbidden pairs", "rows and columns without mass")]
@@ -338,7 +338,7 @@ def certified(X, a, b, solution, tol):
     ("shape", "dtype"),
     [
         ((9, 6), np.float64),
-        pytest.param((6, 9), np.float64, marks=pytest.mark.slow),
+        pytest.param((6, 9), np.float64, marks=pytest.mark.full),
         pytest.param((9, 6), np.float32, marks=pytest.mark.slow),
     ],
 )

@@ -52,6 +52,6 @@ ROWS: list[Row] = [
         feasible=lambda y, x: jnp.maximum(jnp.abs(jnp.sum(y) - x["budget"]), jnp.sum(y**2) - x["radius"] ** 2),
         failures={"infeasible": {**BUDGET, "budget": jnp.array(50.0)}},
         unrolled=False,  # the search for the active set is not for differentiation: the node raises
-        slow=True,
+        fast=False,
     ),
 ]

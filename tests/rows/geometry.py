@@ -151,7 +151,7 @@ ROWS = [
         dn.LeastSquaresData(TALL.T, SIDES[:3, 0], WEIGHTS[:3]),
         reference=least_squares(0.0),
         adjoints=(None, dn.ImplicitAdjoint()),
-        slow=True,
+        fast=False,
     ),
     Row(
         "eigendecomposition",
@@ -182,7 +182,7 @@ ROWS = [
             "unbounded": dn.InequalityData(BOX.G[:2], BOX.h[:2], BOX.A, BOX.b),
         },
         unrolled=False,  # the centre is not a function of the path; the elimination in the loop has no derivative
-        slow=True,
+        fast=False,
     ),
     Row(
         "perspective-n-point",

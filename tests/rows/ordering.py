@@ -81,6 +81,6 @@ ROWS: list[Row] = [
         feasible=lambda y, x: jnp.append(jnp.array([1 - y.min(), y.max() - y.size]), jnp.abs(jnp.sum(y) - 28)),
         failures={"nonfinite_data": VALUES.at[3].set(jnp.inf)},
         adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
-        slow=True,
+        fast=False,
     ),
 ]

@@ -100,8 +100,7 @@ ROWS: list[Row] = [
             reference=pooled_reference(name),
             failures=FAILURES,
             adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
-            fast=name in ("pseudo-huber", "welsch"),
-            slow=name == "welsch",
+            fast=name == "pseudo-huber",
         )
         for name in ("quadratic", "pseudo-huber", "huber", "welsch", "truncated-quadratic")
     ),
@@ -113,8 +112,7 @@ ROWS: list[Row] = [
             reference=vector_reference(name, 1.7),
             failures=FAILURES,
             adjoints=(None, dn.UnrolledAdjoint()),
-            fast=name == "pseudo-huber",
-            slow=True,
+            fast=False,
         )
         for name in ("quadratic", "pseudo-huber", "huber", "welsch", "truncated-quadratic")
     ),

@@ -127,6 +127,6 @@ ROWS: list[Row] = [
             "nonfinite_data": eqx.tree_at(lambda x: x.strength, NOISY, NOISY.strength.at[2].set(-0.1)),
         },
         adjoints=(None, dn.ImplicitAdjoint(), dn.UnrolledAdjoint()),
-        slow=True,
+        fast=False,
     ),
 ]

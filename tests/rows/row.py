@@ -18,7 +18,7 @@ class Row:
     failures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adjoints: tuple = (None,)
     unrolled: bool = True
-    fast: bool = True  # False: in the full tier only, where compilation alone takes minutes
+    fast: bool = True  # False: in the full tier only, where compilation takes minutes or a like row is in CI
     slow: bool = False  # True: of the fast checks, in the slow tier
 
     def __str__(self):

@@ -55,7 +55,7 @@ ROWS = [
         failures={"nonfinite_data": dn.ProjectionData(MATRIX.at[0, 1].set(jnp.inf))},
         adjoints=(None, dn.ImplicitAdjoint()),
         unrolled=False,  # an interior-point method's iterations are not for differentiation: the node raises
-        slow=True,
+        fast=False,
     ),
     Row(
         "entropic-transport",
@@ -78,6 +78,6 @@ ROWS = [
         reference=reference(float(RHO)),
         failures={"nonfinite_data": dn.TransportData(-jnp.inf * COSTS, SOURCE, TARGET)},
         adjoints=(None, dn.UnrolledAdjoint()),
-        slow=True,
+        fast=False,
     ),
 ]
