@@ -1,6 +1,7 @@
 """The implicit function theorem as wired in the core: orders, modes, inputs of every kind."""
 
 import contextlib
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -332,6 +333,26 @@ def test_argmin_flags_a_maximum():
     assert node.solve(jnp.array(1.0), y0=jnp.array(0.0)).result == dn.RESULTS.indefinite
 
 
+def test_solve_takes_the_arguments_of_a_call():
+    z, keep = jnp.array([0.3, -0.2, 1.0, 0.4]), jnp.array([True, False, True, True])
+    weights, X = jnp.array([1.0, 2.0, 0.5, 1.0]), jnp.eye(4)
+    calls: list[Any] = [
+        (dn.Softmax(), (z,), {"mask": keep}),
+        (dn.Sparsemax(), (z,), {"mask": keep}),
+        (dn.Entmax(1.5), (z,), {"mask": keep}),
+        (dn.Projection(dn.Simplex()), (z, keep), {}),
+        (dn.Lasso(), (X, z, 0.1), {}),
+        (dn.TotalVariation(), (z, 0.2), {}),
+        (dn.Isotonic(), (z, weights), {}),
+        (dn.RobustPool("huber", 0.5), (z, weights), {"mask": keep}),
+        (dn.NeuralODE(lambda t, y, k: -k * y, steps=3), (z, jnp.array(2.0)), {"ts": jnp.array([0.5, 1.0])}),
+    ]
+    for node, args, named in calls:
+        np.testing.assert_array_equal(node.solve(*args, **named).value, node(*args, **named), err_msg=repr(node))
+    with pytest.raises(TypeError, match="musk"):
+        dn.Softmax().solve(z, musk=keep)
+
+
 def test_misuse_is_named():
     with pytest.raises(ValueError, match="y0"):
         dn.Root(lambda y, x: y - x)(jnp.array(1.0))
@@ -341,6 +362,8 @@ def test_misuse_is_named():
         dn.FixedPoint(contraction, optx.FixedPointIteration(1e-17, 1e-17))((WEIGHT, BIAS), y0=Y0)
     with pytest.raises(ValueError, match="shape of the unknown"):
         dn.Root(lambda y, x: jnp.sum(y) - x, solver=optx.LevenbergMarquardt(1e-8, 1e-8))(1.0, y0=jnp.zeros(2))
+    with pytest.raises((ValueError, TypeCheckError), match="solver"):
+        dn.FixedPoint(lambda y, x: y, dn.Anderson)  # pyright: ignore[reportArgumentType]
     with pytest.raises((ValueError, TypeCheckError), match="on_failure"):
         dn.Policy(on_failure="ignore")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_steps"):

@@ -211,7 +211,7 @@ def test_misuse():
     X, u = jnp.ones((5, 3)), jnp.ones((5, 2))
     node = dn.PerspectiveNPoint()
     for match, args, more in (
-        ("points must be at least 4", (X[:3], u[:3]), {}),
+        ("points must hold at least 4", (X[:3], u[:3]), {}),
         ("points must be .n, 3.*vmap", (X[None], u[None]), {}),
         ("pixels must be", (X, u[:4]), {}),
         ("pixels are missing", (X,), {}),

@@ -216,12 +216,12 @@ class AbstractDeclarativeNode(eqx.Module):
         """The solution for one example, with the policy applied."""
         return evaluate(self, x, y0)
 
-    def solve(self, x: PyTree, *, y0: PyTree = None) -> Solution:
-        """The `Solution` for one example. Does not raise when the solve fails: read `result`.
+    def solve(self, x: PyTree, *more: Any, y0: PyTree = None, **named: Any) -> Solution:
+        """The `Solution` for one example; takes the arguments of a call. Does not raise when the solve fails: read `result`.
 
         `solution.result == RESULTS.successful` is a boolean for each element, `solution.report()` the same in words.
         """
-        return _solution(self, x, y0)
+        return _solution(self, self.pack(x, *more, **named) if more or named else x, y0)
 
 
 def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyTree:

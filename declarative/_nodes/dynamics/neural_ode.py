@@ -183,14 +183,14 @@ class NeuralODE(AbstractDeclarativeNode):
 
     # The friendlier form that the contract asks for.
     def __call__(self, y0: PyTree, args: PyTree = None, ts: Any = None) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, self.pack(InitialValue(y0, args, ts)))
+        return evaluate(self, self.pack(y0, args, ts))
 
     @property
     def modes(self) -> frozenset[str]:
         return modes(self._adjoint())
 
-    def pack(self, x):
-        x = x if isinstance(x, InitialValue) else InitialValue(x)
+    def pack(self, x, args=None, ts=None):
+        x = x if isinstance(x, InitialValue) else InitialValue(x, args, ts)
         return x if x.ts is None else InitialValue(x.y0, x.args, jnp.asarray(x.ts))
 
     def check(self, x: InitialValue):

@@ -26,7 +26,7 @@ from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
 from ..._core.results import RESULTS
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances
-from .root import check_function, newton, require_guess
+from .root import check_function, check_solver, newton, require_guess
 
 _POLISH_STEPS = 8
 _DENSE_POLISH = 64  # unknowns up to which the Hessian is formed for them
@@ -77,7 +77,7 @@ class Argmin(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.fn = check_function(objective, "objective")
-        self.solver = solver
+        self.solver = check_solver(solver, (optx.AbstractMinimiser,))
         self.adjoint = adjoint
         self.step_size = step_size
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)

@@ -28,12 +28,20 @@ from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolera
 from ..._linear.biconjugate import NearIdentity, NearIdentityState
 from ..._solvers.broyden import Broyden
 from ..._solvers.picard import Picard
-from .root import check_function, check_shape, require_guess
+from .root import check_function, check_shape, check_solver, require_guess
 
 _SMALL = 32  # unknowns up to which elimination is the shorter way
 
 _Solver = (
     optx.AbstractFixedPointSolver | optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser
+)
+
+
+_KINDS = (
+    optx.AbstractFixedPointSolver,
+    optx.AbstractRootFinder,
+    optx.AbstractLeastSquaresSolver,
+    optx.AbstractMinimiser,
 )
 
 
@@ -71,7 +79,7 @@ class FixedPoint(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.fn = check_function(fn, "fn")
-        self.solver = solver
+        self.solver = check_solver(solver, _KINDS)
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
         if isinstance(adjoint, QuasiNewtonAdjoint) and not isinstance(solver, Broyden):

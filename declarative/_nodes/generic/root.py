@@ -60,7 +60,8 @@ class Root(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.fn = check_function(fn, "fn")
-        self.solver = solver
+        kinds = (optx.AbstractRootFinder, optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)
+        self.solver = check_solver(solver, kinds)
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
@@ -107,6 +108,13 @@ def check_function(fn, name: str):
     return fn
 
 
+def check_solver(solver, kinds: tuple[type, ...]):
+    if solver is not None and not isinstance(solver, kinds):
+        got = f"the class {solver.__name__} itself" if isinstance(solver, type) else repr(solver)
+        raise ValueError(f"solver must be None or an instance of an optimistix solver, got {got}.")
+    return solver
+
+
 def require_guess(node: AbstractDeclarativeNode, y0: PyTree, x: PyTree) -> PyTree:
     """The guess as inexact arrays: a number or integers take the dtype of the data, and no dtype is below it."""
     if y0 is None or not jtu.tree_leaves(y0):
@@ -125,11 +133,12 @@ def require_guess(node: AbstractDeclarativeNode, y0: PyTree, x: PyTree) -> PyTre
     return jtu.tree_map(inexact, y0)
 
 
-def check_shape(node: AbstractDeclarativeNode, fn, y0: PyTree, x: PyTree) -> None:
-    """Raises if `fn(y0, x)` is not shaped and typed like `y0`."""
+def check_shape(node: AbstractDeclarativeNode, fn, y0: PyTree, x: PyTree, name: str = "fn(y, x)") -> None:
+    """Raises if `fn(y0, x)` is not shaped and typed like `y0`; `name` is the user's word for it."""
     describe = lambda tree: jtu.tree_map(lambda leaf: f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}", tree)
     got, want = describe(eqx.filter_eval_shape(fn, y0, x)), describe(y0)
     if got != want:
         raise ValueError(
-            f"{type(node).__name__}: fn(y, x) must have the shape of the unknown and its dtype. y0 is {want}, fn returned {got}."
+            f"{type(node).__name__}: {name} must have the shape of the unknown and its dtype. y0 is {want}, "
+            f"{name.split('(')[0]} returned {got}."
         )

@@ -51,7 +51,8 @@ class Eigendecomposition(AbstractDeclarativeNode):
     **Gradient.**    $d\lambda_i = v_i^\top dS\,v_i$, $dv_i = \sum_{j \ne i} v_j (v_j^\top dS\,v_i)/(\lambda_i - \lambda_j)$; all modes, any order.
                      Eigenvalues no further apart than `tolerance` times $\|S\|$ are equal: terms between them are left out. A single vector
                      of a group has no derivative there; functions of the whole group, as its projector $\sum_i v_iv_i^\top$ or sum
-                     of eigenvalues, do, and get it exactly (see the top of this file). `jnp.linalg.eigh` gives NaN for all of them.
+                     of eigenvalues, do, and get it exactly (see the top of this file). `jnp.linalg.eigh` gives NaN for all of
+                     them, or a finite number that is wrong where eigenvalues are equal but for rounding.
                      `adjoint=ImplicitAdjoint()` solves (K1)-(K2), which is singular there, and says so instead.
     **Use instead.** `jnp.linalg.eigvalsh` for eigenvalues alone that are known to be apart.
 

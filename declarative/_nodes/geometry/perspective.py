@@ -489,7 +489,7 @@ def _check(x):
         raise ValueError(f"points must be (n, 3), got {listed}; for a batch use jax.vmap.")
     n = x.points.shape[0]
     if n < 4:
-        raise ValueError(f"points must be at least 4, got {listed}: 3 points have up to four poses.")
+        raise ValueError(f"points must hold at least 4 points, got {listed}: 3 points have up to four poses.")
     if x.pixels.shape != (n, 2):
         raise ValueError(f"pixels must be (n, 2), one for each of the {n} points, got {listed}.")
     if x.weights is not None and x.weights.shape != (n,):

@@ -289,7 +289,9 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             return super().modes - {"higher-order"}
         return frozenset({"reverse"}) if self.mode == "reversible" else super().modes
 
-    def pack(self, x):
+    def pack(self, x, start=None, key=None):
+        if start is not None:
+            return Evidence(x, start, key)
         if not isinstance(x, Evidence):
             raise ValueError(
                 f"ELBOOptimizer takes (x, start, key=...), or an Evidence in `solve`; got a {type(x).__name__}."

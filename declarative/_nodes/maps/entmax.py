@@ -67,10 +67,10 @@ class Entmax(AbstractDeclarativeNode):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, z: Float[Array, " n"], *, mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, " n"]:
-        return evaluate(self, simplex.pack(z, mask))
+        return evaluate(self, self.pack(z, mask))
 
-    def pack(self, x):
-        return simplex.pack(x)
+    def pack(self, x, mask=None):
+        return simplex.pack(x, mask)
 
     def check(self, x):
         simplex.check(x, "Entmax")

@@ -75,10 +75,10 @@ class Softmax(AbstractDeclarativeNode):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]  (the friendlier form that DESIGN §4 asks for)
         self, z: Float[Array, " n"], *, mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, " n"]:
-        return evaluate(self, simplex.pack(z, mask))
+        return evaluate(self, self.pack(z, mask))
 
-    def pack(self, x):
-        return simplex.pack(x)
+    def pack(self, x, mask=None):
+        return simplex.pack(x, mask)
 
     def check(self, x):
         simplex.check(x, "Softmax")

@@ -58,10 +58,10 @@ class Sparsemax(AbstractDeclarativeNode):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, z: Float[Array, " n"], *, mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, " n"]:
-        return evaluate(self, simplex.pack(z, mask))
+        return evaluate(self, self.pack(z, mask))
 
-    def pack(self, x):
-        return simplex.pack(x)
+    def pack(self, x, mask=None):
+        return simplex.pack(x, mask)
 
     def check(self, x):
         simplex.check(x, "Sparsemax")

@@ -83,12 +83,12 @@ class Isotonic(AbstractDeclarativeNode):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Array, " n"] | IsotonicData, weights: Float[Array, " n"] | None = None
     ) -> Float[Array, " n"]:
-        return evaluate(self, x if isinstance(x, IsotonicData) else self.pack((x, weights)))
+        return evaluate(self, self.pack(x, weights))
 
-    def pack(self, x: Any):
+    def pack(self, x: Any, weights: Any = None):
         if isinstance(x, IsotonicData):
             return x
-        data, weights = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
+        data, weights = x if isinstance(x, tuple) and len(x) == 2 else (x, weights)
         data = jnp.asarray(data)
         # Integers, or float64 weights, for float32 data: the data decide.
         dtype = data.dtype if jnp.issubdtype(data.dtype, jnp.floating) else None

@@ -101,10 +101,10 @@ class RobustPool(AbstractDeclarativeNode):
         *,
         mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "..."]:
-        return evaluate(self, points.pack(Points(x, weights, mask), self.axis))
+        return evaluate(self, self.pack(x, weights, mask))
 
-    def pack(self, x):
-        return points.pack(x, self.axis)
+    def pack(self, x, weights=None, mask=None):
+        return points.pack(x if isinstance(x, Points) else Points(x, weights, mask), self.axis)
 
     def check(self, x):
         points.check(x, self.axis, "RobustPool")

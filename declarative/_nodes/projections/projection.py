@@ -77,10 +77,10 @@ class Projection(AbstractDeclarativeNode):
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Float[Array, "..."], mask: Bool[Array, " n"] | None = None
     ) -> Float[Array, "..."]:
-        return evaluate(self, pack(x, mask))
+        return evaluate(self, self.pack(x, mask))
 
-    def pack(self, x):
-        return pack(x)
+    def pack(self, x, mask=None):
+        return pack(x, mask)
 
     def check(self, x):
         check(self.onto, x)

@@ -135,6 +135,10 @@ def parameter(value: Any, name: str, ndim: tuple[int, ...] = (0,)) -> Any:
         if value != value:
             raise ValueError(f"{name} is NaN.")
         return value
+    if value is None or isinstance(value, str):
+        raise ValueError(
+            f"{name} must be a number or an array, got {value!r} (a bound that does not bind: plus or minus infinity)."
+        )
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(jnp.result_type(float))

@@ -104,13 +104,13 @@ class Lasso(AbstractDeclarativeNode):
         lam: float | Float[Array, ""] | Float[Array, " p"] | None = None,
         ridge: float | Float[Array, ""] | Float[Array, " p"] | None = None,
     ) -> Float[Array, " p"]:
-        if isinstance(X, LassoData):
-            return evaluate(self, X)
-        if y is None or lam is None:
+        if not isinstance(X, LassoData) and (y is None or lam is None):
             raise ValueError("Lasso is called as `lasso(X, y, lam)`, or with a `LassoData`.")
-        return evaluate(self, self.pack((X, y, lam) if ridge is None else (X, y, lam, ridge)))
+        return evaluate(self, self.pack(X, y, lam, ridge))
 
-    def pack(self, x):
+    def pack(self, x, y=None, lam=None, ridge=None):
+        if y is not None and lam is not None:
+            x = (x, y, lam, ridge)
         if isinstance(x, LassoData) or not isinstance(x, tuple) or len(x) not in (3, 4):
             return x
         X = jnp.asarray(x[0])

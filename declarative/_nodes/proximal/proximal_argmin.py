@@ -97,7 +97,7 @@ class ProximalArgmin(AbstractDeclarativeNode):
         if not hasattr(shape, "shape") or shape.shape != () or not jnp.issubdtype(shape.dtype, jnp.floating):
             raise ValueError(f"objective must return a floating scalar, got {shape}.")
         prox = close(self.prox, y0, x, jnp.ones((), ravel_pytree(y0)[0].dtype))
-        check_shape(self, lambda y, x: prox(y, x, jnp.ones((), ravel_pytree(y)[0].dtype)), y0, x)
+        check_shape(self, lambda y, x: prox(y, x, jnp.ones((), ravel_pytree(y)[0].dtype)), y0, x, "prox(v, x, step)")
         return eqx.tree_at(lambda node: (node.fn, node.prox), self, (fn, prox))
 
     def step(self, y, x):

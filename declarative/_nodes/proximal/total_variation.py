@@ -1,6 +1,6 @@
 """One-dimensional total variation denoising (fused lasso signal approximation)."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -78,12 +78,12 @@ class TotalVariation(AbstractDeclarativeNode):
         x: Float[Array, " n"] | TotalVariationData,
         strength: float | Float[Array, ""] | Float[Array, " edges"] = 1.0,
     ) -> Float[Array, " n"]:
-        return evaluate(self, x if isinstance(x, TotalVariationData) else self.pack((x, strength)))
+        return evaluate(self, self.pack(x, strength))
 
-    def pack(self, x):
+    def pack(self, x, strength: Any = 1.0):
         if isinstance(x, TotalVariationData):
             return x
-        signal, strength = x if isinstance(x, tuple) and len(x) == 2 else (x, 1.0)
+        signal, strength = x if isinstance(x, tuple) and len(x) == 2 else (x, strength)
         signal = jnp.asarray(signal)
         # A number, or float64 weights, for a float32 signal: the signal decides.
         dtype = signal.dtype if jnp.issubdtype(signal.dtype, jnp.floating) else None

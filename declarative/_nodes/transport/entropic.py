@@ -77,7 +77,8 @@ class EntropicTransport(AbstractDeclarativeNode):
     **Masses.** Without `rho` the masses must have the same total (within the square root of the dtype's precision; in each part, if forbidden
     pairs cut the problem into parts): both are scaled to the geometric mean of the two totals, and that is the problem
     differentiated. So only changes of a and b that keep the totals equal mean something. A mass may be 0: its row (column) of P is 0, with
-    the one-sided derivative.
+    the one-sided derivative. Where a plan falls, at the dtype's precision, into blocks that exchange no mass, a gradient in a and b along the
+    relative mass of the blocks has no digits, and nothing says so.
     **Raises:** `ValueError` for shapes that do not fit; with `throw=True` a `SolveError` at run time: `infeasible` if totals differ or a
     row (column) with mass has no allowed pair (with `rho`, its mass is left behind instead), `empty` if there is no mass,
     `nonfinite_data` also for negative masses, or an `epsilon` or `rho` that is not positive; `not_a_solution` where the dtype has too few
