@@ -18,7 +18,7 @@ FAST = [pytest.param(row, marks=[pytest.mark.slow] * row.slow, id=str(row)) for 
 
 @pytest.mark.parametrize("row", FAST)
 def test_node(row):
-    """The fast tier: every node under its default adjoint; first order, batches, failures."""
+    """The fast tier: nodes of every kind under their default adjoint; first order, batches, failures. Rows that are like another: below."""
     _check(row, None, full=False)
 
 
