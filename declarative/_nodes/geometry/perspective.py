@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.implicit import Run
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.norms import largest
 from ..._linear.scaling import power_of_two
@@ -99,11 +99,10 @@ class PerspectiveNPoint(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def __call__(self, points, pixels=None, *, weights=None, intrinsics=None) -> Pose:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, _pack(points, pixels, weights, intrinsics))
+        return evaluate(self, self.pack(points, pixels, weights, intrinsics))
 
-    def solve(self, points, pixels=None, *, weights=None, intrinsics=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution`; takes the arguments of a call. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, _pack(points, pixels, weights, intrinsics))
+    def pack(self, x, pixels=None, weights=None, intrinsics=None):
+        return _pack(x, pixels, weights, intrinsics)
 
     def check(self, x):
         _check(x)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._core.adjoint import lax_loop
 from ..._core.implicit import Run, detach, detach_tree
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.bipartite import Bipartite, BipartiteFactor, Components, bipartite_factor, components, inverse
 from ..._linear.known_inverse import known_inverse
@@ -119,11 +119,10 @@ class EntropicTransport(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def __call__(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, _pack(C, a, b))
+        return evaluate(self, self.pack(C, a, b))
 
-    def solve(self, C, a=None, b=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution`; takes the arguments of a call. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, _pack(C, a, b))
+    def pack(self, x, a=None, b=None):
+        return _pack(x, a, b)
 
     def check(self, x):
         _check(x)
