@@ -128,7 +128,10 @@ def components(edges: Bool[Array, "n m"], rows: Bool[Array, " n"], columns: Bool
         new = jnp.where(columns, jnp.minimum(labels, of_columns(of_rows(labels))), m)
         return new, jnp.any(new != labels)
 
-    start = (jnp.where(columns, jnp.arange(m, dtype=jnp.int32), m), jnp.ones((), bool))
+    # Usually there is one component, because every pair is an edge.
+    complete = jnp.all(edges | ~rows[:, None] | ~columns[None, :]) & jnp.any(rows)
+    alone = jnp.where(complete, jnp.argmax(columns).astype(jnp.int32), jnp.arange(m, dtype=jnp.int32))
+    start = (jnp.where(columns, alone, m), ~complete)
     labels, _ = jax.lax.while_loop(lambda carry: carry[1], body, start)
     by_row = of_rows(labels)
     return Components(by_row, jnp.where(columns, labels, of_columns(by_row)), m)

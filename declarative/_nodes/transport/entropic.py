@@ -18,7 +18,7 @@ from ..._core.results import RESULTS
 from ..._linear.bipartite import Bipartite, BipartiteFactor, Components, bipartite_factor, components, inverse
 from ..._linear.known_inverse import known_inverse
 from ..._linear.norms import largest
-from ..._solvers.semi_dual import Evaluation, maximise
+from ..._solvers.semi_dual import Evaluation, Optimum, maximise
 
 _Number = float | Float[Array, "..."]  # a scalar; the constructor names what is wrong with others
 
@@ -429,9 +429,42 @@ def _newton(problem: _Problem, max_steps: int):
     spread = jnp.max(jnp.where(used, problem.K, 0))
     scale = jnp.minimum(1, _GENTLE / jnp.where(spread > 0, spread, 1))
     finite = jnp.isfinite(spread) & jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b)) & problem.feasible
-    found = maximise(semi_dual, jnp.zeros_like(b), jnp.zeros_like(a), scale, finite & jnp.any(used), max_steps)
+    active = finite & jnp.any(used)
+    # Where the plan is spread out, a few matrix-vector products may be all it takes.
+    first = _scaled(problem, scale, a, b, active, max_steps)
+    there = first.converged & (scale >= 1)
+    found = maximise(semi_dual, first.gamma, jnp.zeros_like(a), scale, active & ~there, max_steps)
+    found = jtu.tree_map(lambda one, other: jnp.where(there, one, other), first, found)
     y = problem.regauged(ScaledPotentials(found.rows, found.gamma))
     return y, found.error, found.steps, found.converged | (finite & ~jnp.any(used))
+
+
+def _scaled(problem: _Problem, scale, a, b, active, max_steps: int) -> Optimum:
+    """Sinkhorn's algorithm as it was published, on exp(-K), as long as it at least halves the error with every step: `scale` times K is gentle.
+
+    A step is two products of a matrix and a vector, and exponentials and logarithms of vectors only.
+    """
+    eps = float(jnp.finfo(problem.K.dtype).eps)
+    rows, columns, tau = a > 0, b > 0, problem.tau
+    kernel = jnp.where(problem.allowed, jnp.exp(-scale * problem.K), 0)
+    of_rows, of_columns = scale * problem._offset(problem.f), scale * problem._offset(problem.g)
+    log = lambda sums: _times(tau, -jnp.log(jnp.where(sums > 0, sums, 1)))
+    sizes = lambda phi, gamma: largest(jnp.where(rows, phi, 0)) + largest(jnp.where(columns, gamma, 0))
+
+    def body(state):
+        gamma, _, last, _, steps, _ = state
+        phi = jnp.where(rows, log(kernel @ (b * jnp.exp(gamma))) - of_rows, 0)
+        new = jnp.where(columns, log((a * jnp.exp(phi)) @ kernel) - of_columns, 0)
+        error = largest(new - gamma) / tau  # of the logarithms of the masses of the columns
+        done = error <= eps**0.75 + 8 * eps * sizes(phi, gamma)
+        slow = ~(error < 0.5 * last) & (steps > 0)
+        return jnp.where(done | slow, gamma, new), phi, error, done, steps + 1, slow
+
+    zero = jnp.zeros((), a.dtype)
+    start = (jnp.zeros_like(b), jnp.zeros_like(a), zero + jnp.inf, ~active, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    go_on = lambda state: ~state[3] & ~state[5] & (state[4] < max_steps)
+    gamma, phi, error, done, steps, _ = jax.lax.while_loop(go_on, body, start)
+    return Optimum(jnp.where(jnp.isfinite(gamma), gamma, 0), phi, error, steps, done & active)
 
 
 def _sinkhorn(problem: _Problem, max_steps: int, loop: Callable):
