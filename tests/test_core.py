@@ -430,3 +430,35 @@ def test_products_have_the_precision_of_their_dtype(chosen):
         assert len(products) > 3
         assert bool(own) == (chosen is not None), own
         assert all("HIGH" in line for line in own)  # how JAX calls TF32
+
+
+SCALARS = {
+    "temperature": dn.Softmax,
+    "alpha": dn.Entmax,
+    "smoothing": lambda value: dn.QuadraticProgram(smoothing=value),
+    "strength": dn.SoftRank,
+    "epsilon": dn.EntropicTransport,
+    "rho": lambda value: dn.EntropicTransport(1.0, rho=value),
+    "ridge": dn.WeightedLeastSquares,
+    "radius": dn.SphereLeastSquares,
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars_of_constructors(name):
+    """A learnable array, or a number of Python or NumPy in range: anything else is named."""
+    make = SCALARS[name]
+    for wrong in ("2", True, 1j, [2.0], np.array(-1.0), np.float32(np.nan), -1.0, np.array([2.0, 2.0]), jnp.array(2)):
+        # The suite checks annotations as well, and may be first.
+        with pytest.raises((ValueError, TypeCheckError), match=f"{name} must|parameter '{name}'"):
+            make(wrong)
+    for right in (2, 2.0, np.float32(2)):
+        assert isinstance(getattr(make(right), name), (int, float))
+    assert eqx.is_array(getattr(make(jnp.array(2.0)), name))
+
+
+@pytest.mark.parametrize("wrong", [0, True, 2.5, "3", np.float64(3)])
+def test_counts_of_constructors(wrong):
+    with pytest.raises((ValueError, TypeCheckError), match="k must be a positive integer|parameter 'k'"):
+        dn.Eigendecomposition(wrong)
+    assert dn.Eigendecomposition(np.int64(3)).k == 3

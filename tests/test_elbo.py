@@ -365,7 +365,7 @@ def test_solvers_of_every_kind_agree():
         ({"rho": 0.0}, "rho must be positive"),
         ({"direction": "up"}, "direction must be"),
         ({"rho": np.float32(-1)}, "rho must be positive"),
-        ({"rho": np.ones(2)}, "array of shape"),
+        ({"rho": np.ones(2)}, "floating scalar array"),
         ({"mode": "kl"}, "needs the divergence of a family"),
         ({"mode": "unrolled", "solver": optx.BFGS(1e-6, 1e-6)}, "pass solver=GradientSteps"),
         ({"mode": "reversible", "solver": dn.GradientSteps(5, momentum=0.0)}, "momentum of at least 1/32"),

@@ -220,7 +220,7 @@ def test_solve_returns_the_last_iterate_and_reports():
     solution = node.solve(1.0, y0=0.0)
     assert solution.value == 7
     assert solution.result == dn.RESULTS.nonlinear_max_steps_reached
-    assert "maximum number of steps" in solution.report()
+    assert "took `max_steps` steps" in solution.report()
     assert dn.FixedPoint(lambda y, x: y + x, max_steps=7, throw=False, on_failure="zero")(1.0, y0=0.0) == 7
     assert dn.FixedPoint(lambda y, x: y + x, throw=False, on_failure="zero")(jnp.nan, y0=0.0) == 0
 

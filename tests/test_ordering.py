@@ -10,7 +10,7 @@ import pytest
 
 import declarative as dn
 from declarative._linear.chain import Chain, ChainSolver
-from declarative._nodes.ordering.permutahedron import check_descending, check_strength
+from declarative._nodes.ordering.permutahedron import checked_strength
 from declarative._solvers.isotonic import pool
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,8 +354,7 @@ def test_soft_failures():
     for call, words in (
         (lambda: dn.SoftRank(0.0), "strength must be positive"),
         (lambda: dn.SoftSort(float("nan")), "strength must be positive"),
-        (lambda: check_strength(jnp.ones(2)), "strength must be a number or a floating scalar"),
-        (lambda: check_descending(1), "descending must be True or False"),
+        (lambda: checked_strength(jnp.ones(2)), "strength must be a number or a floating scalar"),
         (lambda: dn.SoftRank().solve(jnp.ones((2, 3))), "use `jax.vmap`"),
         (lambda: dn.SoftSort().solve(jnp.ones(0)), "non-empty floating"),
         (lambda: dn.Isotonic().solve(jnp.arange(3)), "non-empty floating"),

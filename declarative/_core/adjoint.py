@@ -30,6 +30,7 @@ import lineax as lx
 import optimistix as optx
 
 from . import health
+from .arguments import integer
 from .implicit import (
     LinearSystem,
     Problem,
@@ -128,8 +129,7 @@ class NeumannAdjoint(AbstractAdjoint):
     unrolls: ClassVar[bool] = False
 
     def __check_init__(self):
-        if isinstance(self.terms, bool) or not isinstance(self.terms, int) or self.terms < 0:
-            raise ValueError(f"terms must be a non-negative integer, got {self.terms!r}.")
+        integer(self.terms, "terms", 0)
 
     def linear_solve(self, matvec, vector, system):
         del system
@@ -174,8 +174,7 @@ class PhantomAdjoint(AbstractAdjoint):
     unrolls: ClassVar[bool] = False
 
     def __check_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {self.steps!r}.")
+        integer(self.steps, "steps")
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping!r}.")
 

@@ -34,25 +34,31 @@ def describe(codes, title: str) -> str:
         more = f" and {len(lanes) - _SHOWN} more" if len(lanes) > _SHOWN else ""
         where = "" if codes.ndim == 0 else f"element{'s' if len(lanes) > 1 else ''} {names}{more}: "
         lines.append(f"  {where}{message(code)}")
-    lines.append(
-        "  (To go on instead: `throw=False` with `on_failure='nan'` or 'zero'; `node.solve(x)` returns the status of each "
-        "element.)"
-    )
     return "\n".join(lines)
 
 
-# lineax speaks to whoever called lineax; here it was a node's solver, at one of its iterates.
-_SINGULAR = (
-    "A linear solve inside the solver gave NaN or infinity: the Jacobian is singular at an iterate, or the iteration ran off to "
-    "infinity. Is there a solution? If so, give a better `y0`, or another `solver`."
-)
+_GO_ON = "\n  (To go on instead: `throw=False` with `on_failure='nan'` or 'zero'; `node.solve(x)` returns the status of each element.)"
+
+# lineax and optimistix speak to whoever called them; here that was a node.
+_MESSAGES = {
+    int(RESULTS.singular._value): (
+        "A linear solve inside the solver gave NaN or infinity: the Jacobian is singular at an iterate, or the iteration ran off to "
+        "infinity. Is there a solution? If so, give a better `y0`, or another `solver`."
+    ),
+    int(RESULTS.nonlinear_max_steps_reached._value): (
+        "The solver took `max_steps` steps and was not done. Is there a solution (a root, a minimum, a fixed point)? If so: a better `y0`, "
+        "another `solver`, better scaled data, a larger `max_steps`."
+    ),
+    int(RESULTS.nonlinear_divergence._value): (
+        "The solver diverged. Is there a solution (a root, a minimum, a fixed point)? If so: a better `y0`, another `solver`, better scaled "
+        "data."
+    ),
+}
 
 
 def message(code) -> str:
     """The first paragraph of the message of a status code."""
-    if int(code) == int(RESULTS.singular._value):
-        return _SINGULAR
-    text = " ".join(RESULTS._index_to_message[int(code)].split("\n\n")[0].split())
+    text = _MESSAGES.get(int(code)) or " ".join(RESULTS._index_to_message[int(code)].split("\n\n")[0].split())
     return text or "successful"
 
 
@@ -78,11 +84,11 @@ def _is_traced(x) -> bool:
 def _raise_now(codes, title):
     if not _is_traced(codes):
         if np.any(np.asarray(codes) != _SUCCESS):
-            raise SolveError(describe(codes, title))
+            raise SolveError(describe(codes, title) + _GO_ON)
         return codes
 
     def callback(codes):
-        raise SolveError(describe(codes, title))
+        raise SolveError(describe(codes, title) + _GO_ON)
 
     def fail(codes):
         return jax.pure_callback(callback, jax.ShapeDtypeStruct(codes.shape, codes.dtype), codes)

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from . import health
 from .adjoint import AbstractAdjoint, ImplicitAdjoint, bounded_loop, lax_loop, modes
+from .arguments import flag, integer
 from .failure import describe, raise_failures
 from .implicit import (
     LinearSystem,
@@ -53,12 +54,10 @@ class Policy(eqx.Module):
     max_steps: int = eqx.field(static=True, default=1000)
 
     def __check_init__(self):
-        if not isinstance(self.throw, (bool, np.bool_)):
-            raise ValueError(f"throw must be True or False, got {self.throw!r}.")
+        flag(self.throw, "throw")
         if self.on_failure not in (None, "nan", "zero"):
             raise ValueError(f"on_failure must be 'nan', 'zero' or None, got {self.on_failure!r}.")
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(f"max_steps must be a positive integer, got {self.max_steps!r}.")
+        integer(self.max_steps, "max_steps")
 
     @property
     def fill(self) -> str:

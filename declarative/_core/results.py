@@ -7,8 +7,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
     """Status of one forward solve or of one backward linear solve; compare with `==`, look a message up by `RESULTS[...]`."""
 
     nonfinite_data = (
-        "The data hold NaN, or the parameters lie outside the node's domain. Look upstream: which layer or record made "
-        "them?"
+        "The data hold NaN, or the parameters lie outside the node's domain (a weight or a mass below 0; a temperature, an `epsilon` or a "
+        "`strength` that training has moved to 0 or below: learn its logarithm). Look upstream: which layer or record made them?"
     )
     not_a_solution = (
         "The answer does not satisfy the optimality conditions: the residual is too large. Either the data are too badly scaled or "
@@ -16,9 +16,15 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "`solver`; Picard iteration diverges unless the map is a contraction), or, in a node of your own, the algorithm and "
         "`optimality` do not describe the same problem (a sign, a missing term?)."
     )
-    infeasible = "The problem has no feasible point."
-    unbounded = "The objective is unbounded below on the feasible set."
-    indefinite = "The problem is not convex where the solver needs it to be."
+    infeasible = (
+        "The problem has no feasible point: its constraints contradict one another (bounds that cross, an equation out of reach, masses of "
+        "different totals). Loosen them, or penalise them in the objective (`QuadraticProgram(elastic=True)`)."
+    )
+    unbounded = "The objective is unbounded below on the feasible set: bound the unknown, or add a small quadratic term. (A sign?)"
+    indefinite = (
+        "The problem is not convex where the solver needs it to be: a quadratic term has a negative eigenvalue, or a point found is a saddle "
+        "or a maximum. Symmetrise and regularise the term, or give a better `y0`."
+    )
     not_unique = (
         "The solution is not unique to working accuracy, so it is not a differentiable function of the data: a matrix of deficient rank, "
         "equal eigenvalues, or measurements that leave a direction free. Regularise the problem, or see the node's options for this case."

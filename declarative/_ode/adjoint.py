@@ -25,6 +25,7 @@ import jax.tree_util as jtu
 from diffrax._integrate import SaveState
 from jaxtyping import Array, PyTree
 
+from .._core.arguments import integer
 from .._core.closure import close
 from .._core.summed import Rule, nan_where, summing, vjp
 from .._linear.norms import maximum
@@ -63,8 +64,7 @@ class ReversibleAdjoint(dfx.AbstractAdjoint):
     report: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if isinstance(self.anchors, bool) or not isinstance(self.anchors, int) or self.anchors < 0:
-            raise ValueError(f"anchors must be a non-negative integer, got {self.anchors!r}.")
+        integer(self.anchors, "anchors", 0)
         if self.on_drift not in ("raise", "warn", "nan", "checkpoint"):
             raise ValueError(f"on_drift must be 'raise', 'warn', 'nan' or 'checkpoint', got {self.on_drift!r}.")
         if self.tolerance is not None and not self.tolerance > 0:

@@ -40,6 +40,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from .._core.arguments import integer
 from .hoist import hoist, hoist_pair
 from .trees import add, precision, subtract, times
 
@@ -344,8 +345,7 @@ def coupling_for(steps: int, dtype=None, *, anchors: int = ANCHORS) -> float:
 
     **Arguments:** `steps`: how many steps the solve takes. `dtype` of the state; the default float if None. `anchors`: of the adjoint.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+    integer(steps, "steps")
     like = jnp.zeros((), dtype)
     if like.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"dtype must be float32 or float64, got {like.dtype}.")

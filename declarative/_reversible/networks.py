@@ -29,6 +29,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._core.arguments import integer
 from .._core.summed import Rule, vjp
 from .._linear.norms import largest
 
@@ -169,8 +170,7 @@ class ReversibleSequence(eqx.Module):
         key: PRNGKeyArray,
         backward: str = "reconstruct",
     ):
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth must be a positive integer, got {depth!r}.")
+        integer(depth, "depth")
         if backward not in ("reconstruct", "store"):
             raise ValueError(f"backward must be 'reconstruct' or 'store', got {backward!r}.")
         self.blocks = eqx.filter_vmap(make)(jr.split(key, depth))

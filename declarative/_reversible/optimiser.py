@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree, UInt32
 
+from .._core.arguments import integer
 from .._core.closure import close
 
 _WORD_BITS = 64  # of a buffer: two limbs of 32, as JAX has no 64-bit integers unless x64 is enabled
@@ -116,8 +117,7 @@ class ReversibleSGD(eqx.Module):
     ):
         if not callable(objective):
             raise ValueError(f"objective must be a function of (w, args, t), got {type(objective).__name__}.")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+        integer(steps, "steps")
         if not 1 / 32 <= min_momentum < 1:
             raise ValueError(
                 f"min_momentum must lie in [1/32, 1), got {min_momentum!r}: a step with momentum m loses log2(1/m) bits of every "

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._core.arguments import integer
 from .._linear.norms import largest
 
 
@@ -77,7 +78,6 @@ def reciprocal_length(vector: Float[Array, " n"], size: Float[Array, ""]) -> Flo
 
 
 def check_settings(history, growth) -> None:
-    if isinstance(history, bool) or not isinstance(history, int) or history < 1:
-        raise ValueError(f"history must be a positive integer, got {history!r}.")
+    integer(history, "history")
     if not growth >= 1:
         raise ValueError(f"growth must be at least 1, got {growth!r}.")

@@ -71,7 +71,10 @@ def linear_elbo(parameters, x):
     spread = jnp.sum(x["W"] ** 2, axis=0) @ jnp.exp(2 * parameters.log_scale)
     family = dn.DiagonalGaussian()
     return (
-        -misfit - spread - len(x["x"]) / 2 * np.log(np.pi) - family.divergence(parameters, family.standard(parameters))
+        -misfit
+        - spread
+        - len(x["x"]) / 2 * float(np.log(np.pi))
+        - family.divergence(parameters, family.standard(parameters))
     )
 
 

@@ -20,10 +20,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from ..._core.adjoint import UnrolledAdjoint, modes
+from ..._core.arguments import integer
 from ..._core.closure import close
 from ..._core.implicit import Run, detach, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
@@ -142,10 +142,7 @@ class NeuralODE(AbstractDeclarativeNode):
             raise ValueError(
                 "NeuralODE takes either steps=20, so many equal steps, or stepsize_controller=diffrax.PIDController(...): give one."
             )
-        if isinstance(steps, np.integer):
-            steps = int(steps)
-        if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
-            raise ValueError(f"steps must be a positive integer, got {steps!r}.")
+        steps = None if steps is None else integer(steps, "steps")
         if steps is not None and dt0 is not None:
             raise ValueError(
                 f"dt0 is the first step of a stepsize_controller; {steps} equal steps have their own size."

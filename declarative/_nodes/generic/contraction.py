@@ -13,6 +13,7 @@ import jax.random as jr
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..._core.arguments import integer
 from ..._core.implicit import norm
 
 
@@ -41,8 +42,7 @@ def jacobian_penalty(
     **Arguments:** `fn(y, x) -> y` as in `FixedPoint`; one example (`jax.vmap` for batches, with a key for each).
     **Raises:** `ValueError` if `fn` does not map y to its like, or `probes` is not positive.
     """
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes must be a positive integer, got {probes!r}.")
+    integer(probes, "probes")
     function, vector = _vector_map(fn, y, x)
     _, pull = jax.vjp(function, vector)
     rows = jax.vmap(lambda v: pull(v)[0])(jr.normal(key, (probes, vector.size), vector.dtype))
@@ -60,8 +60,7 @@ def spectral_radius(
     **Arguments:** `fn(y, x) -> y` as in `FixedPoint`; one example (`jax.vmap` for batches, with a key for each).
     **Raises:** `ValueError` if `fn` does not map y to its like, or `steps` is below 2.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"steps must be an integer of at least 2, got {steps!r}.")
+    integer(steps, "steps", 2)
     function, vector = _vector_map(fn, *jax.lax.stop_gradient((y, x)))
     _, push = jax.linearize(function, vector)
 

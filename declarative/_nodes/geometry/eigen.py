@@ -21,6 +21,7 @@ import jax.tree_util as jtu
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
+from ..._core.arguments import flag, integer
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, evaluate, make_policy
 from ..._core.precision import full_precision
@@ -96,14 +97,12 @@ class Eigendecomposition(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
-            raise ValueError(f"k must be a positive integer, or None for all eigenvalues; got {k!r}.")
         if tolerance is not None and not 0 <= tolerance < 1:
             raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance!r}.")
         if equal not in ("drop", "fail"):
             raise ValueError(f"equal must be 'drop' or 'fail', got {equal!r}.")
-        self.k = k
-        self.largest = bool(largest)
+        self.k = None if k is None else integer(k, "k", hint=", or None for all eigenvalues")
+        self.largest = flag(largest, "largest")
         self.tolerance = tolerance
         self.equal = equal
         self.adjoint = adjoint

@@ -11,6 +11,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
+from ..._core.arguments import flag, number
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.precision import full_precision
@@ -86,16 +87,11 @@ class WeightedLeastSquares(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if isinstance(ridge, (int, float)) and not 0 <= ridge < float("inf"):
-            raise ValueError(f"ridge must be at least 0 and finite, got {ridge}.")
-        if isinstance(ridge, jax.Array) and (ridge.shape != () or not jnp.issubdtype(ridge.dtype, jnp.floating)):
-            raise ValueError(
-                f"ridge must be a number or a floating scalar array, got {ridge.dtype}{list(ridge.shape)}."
-            )
+        ridge = number(ridge, "ridge", closed="low")
         if minimum_norm and not (isinstance(ridge, (int, float)) and ridge == 0):
             raise ValueError("minimum_norm is for ridge=0: with a ridge the solution is unique already.")
         self.ridge = None if isinstance(ridge, (int, float)) and ridge == 0 else ridge
-        self.minimum_norm = bool(minimum_norm)
+        self.minimum_norm = flag(minimum_norm, "minimum_norm")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

@@ -10,6 +10,7 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from ..._core.arguments import number
 from ..._core.implicit import LinearSystem, Run, norm
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -68,13 +69,7 @@ class SphereLeastSquares(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if isinstance(radius, (int, float)) and not 0 < radius < float("inf"):
-            raise ValueError(f"radius must be positive and finite, got {radius}.")
-        if isinstance(radius, jax.Array) and (radius.shape != () or not jnp.issubdtype(radius.dtype, jnp.floating)):
-            raise ValueError(
-                f"radius must be a number or a floating scalar array, got {radius.dtype}{list(radius.shape)}."
-            )
-        self.radius = radius
+        self.radius = number(radius, "radius")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

@@ -33,6 +33,7 @@ import optimistix as optx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._core.adjoint import AbstractAdjoint
+from ..._core.arguments import integer, number
 from ..._core.closure import close
 from ..._core.implicit import Run, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
@@ -70,8 +71,7 @@ class ELBO(eqx.Module):
             raise ValueError(f"family must be an AbstractFamily, got {type(self.family).__name__}.")
         if self.prior is not None and not hasattr(self.prior, "log_prob"):
             raise ValueError(f"prior must be a NumPyro distribution, got {self.prior!r}.")
-        if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {self.samples!r}.")
+        integer(self.samples, "samples")
 
     def __call__(self, parameters: PyTree, x: PyTree, key: PRNGKeyArray) -> Float[Array, ""]:
         z = self.family.sample(parameters, key, self.samples)
@@ -87,8 +87,7 @@ class ELBO(eqx.Module):
 
         **Reference:** Burda et al. 2016, arXiv:1509.00519.
         """
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {samples!r}.")
+        integer(samples, "samples")
         z = self.family.sample(parameters, key, samples)
         joint = jax.vmap(lambda z: self._likelihood(z, x) + self._log_prior(parameters, z))(z)
         weights = joint - jax.vmap(lambda z: self.family.log_prob(parameters, z))(z)
@@ -124,12 +123,10 @@ class GradientSteps(eqx.Module):
     max_norm: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be a positive integer, got {self.steps!r}.")
+        integer(self.steps, "steps")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must lie in [0, 1), got {self.momentum!r}.")
-        if isinstance(self.learning_rate, (int, float)) and not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}.")
+        number(self.learning_rate, "learning_rate")
         if self.max_norm is not None and not self.max_norm > 0:
             raise ValueError(f"max_norm must be positive, got {self.max_norm!r}.")
 
@@ -243,10 +240,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
             raise ValueError(f"elbo must be a function of (parameters, x, key), got {type(elbo).__name__}.")
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}; got {mode!r}.")
-        if not isinstance(rho, (int, float)) and not (eqx.is_array_like(rho) and jnp.ndim(rho) == 0):
-            raise ValueError(f"rho must be a number or an array of shape (), got {rho!r}.")
-        if not isinstance(rho, jax.core.Tracer) and not 0 < float(rho) < float("inf"):
-            raise ValueError(f'rho must be positive and finite, got {rho!r}; for no proximal term use mode="implicit".')
+        rho = number(rho, "rho", hint='; for no proximal term use mode="implicit"')
         if direction not in ("reverse", "forward"):
             raise ValueError(f'direction must be "reverse" or "forward", got {direction!r}.')
         family = getattr(elbo, "family", None) if family is None else family

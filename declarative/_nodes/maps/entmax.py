@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
+from ..._core.arguments import number
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from . import simplex
 
@@ -59,8 +60,7 @@ class Entmax(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        simplex.check_alpha(alpha, 1.0, 4.0)
-        self.alpha = alpha
+        self.alpha = number(alpha, "alpha", 1.0, 4.0, closed="high")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

@@ -188,14 +188,6 @@ def attained(y: SimplexPoint, x: Scores, alpha) -> Float[Array, ""]:
     return y.probabilities @ z + tsallis_entropy(y.probabilities, alpha)
 
 
-def check_alpha(alpha, low: float, high: float) -> None:
-    """A Python number is checked here; an array when it has a value, by the kernel."""
-    if isinstance(alpha, (int, float)) and not low < alpha <= high:
-        raise ValueError(f"alpha must lie in ({low:g}, {high:g}], got {alpha}.")
-    if isinstance(alpha, jax.Array) and (alpha.shape != () or not jnp.issubdtype(alpha.dtype, jnp.floating)):
-        raise ValueError(f"alpha must be a number or a floating scalar array, got {alpha.dtype}{list(alpha.shape)}.")
-
-
 def threshold_distance(y: SimplexPoint, x: Scores, alpha) -> Float[Array, ""]:
     """How far the nearest score is from the threshold, in the units of the scores."""
     z = masked(x)

@@ -7,11 +7,11 @@ theorem, and `tests/test_softmax.py` holds the two and the published Jacobian to
 
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
+from ..._core.arguments import number
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from . import simplex
 
@@ -64,11 +64,7 @@ class Softmax(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if isinstance(temperature, (int, float)) and not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be positive and finite, got {temperature}.")
-        if isinstance(temperature, jax.Array) and temperature.shape != ():
-            raise ValueError(f"temperature must be a number or a scalar array, got shape {temperature.shape}.")
-        self.temperature = temperature
+        self.temperature = number(temperature, "temperature")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from ..._core.arguments import flag
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -74,9 +75,7 @@ class Isotonic(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if not isinstance(increasing, bool):
-            raise ValueError(f"increasing must be True or False, got {increasing!r}.")
-        self.increasing = increasing
+        self.increasing = flag(increasing, "increasing")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

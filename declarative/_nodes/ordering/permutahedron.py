@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ..._core.arguments import number
 from ..._core.implicit import LinearSystem, Run
 from ..._core.results import RESULTS
 from ..._linear.chain import Chain, ChainSolver, with_edges
@@ -94,17 +95,5 @@ def _tied(y: OrderedPoint, p: Problem) -> Bool[Array, " edges"]:
 # The nodes' common parts
 
 
-def check_strength(strength: Any) -> None:
-    if isinstance(strength, (int, float)) and not 0 < strength < float("inf"):
-        raise ValueError(
-            f"strength must be positive and finite, got {strength}; `jnp.sort` and its like are the limit at 0."
-        )
-    if isinstance(strength, jax.Array) and (strength.shape != () or not jnp.issubdtype(strength.dtype, jnp.floating)):
-        raise ValueError(
-            f"strength must be a number or a floating scalar array, got {strength.dtype}{list(strength.shape)}."
-        )
-
-
-def check_descending(descending: Any) -> None:
-    if not isinstance(descending, bool):
-        raise ValueError(f"descending must be True or False, got {descending!r}.")
+def checked_strength(strength: Any) -> float | Float[Array, ""]:
+    return number(strength, "strength", hint="; `jnp.sort` and its like are the limit at 0")

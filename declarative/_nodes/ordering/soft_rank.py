@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from ..._core.arguments import flag
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from . import permutahedron
 from .isotonic import check_vector
@@ -62,10 +63,8 @@ class SoftRank(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        permutahedron.check_strength(strength)
-        permutahedron.check_descending(descending)
-        self.strength = strength
-        self.descending = descending
+        self.strength = permutahedron.checked_strength(strength)
+        self.descending = flag(descending, "descending")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

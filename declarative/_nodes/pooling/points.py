@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from ..._core.arguments import number
 from ..._core.results import RESULTS
 from ..._linear.scaling import power_of_two
 from ..._solvers import robust_pooling as kernel
@@ -25,16 +26,12 @@ class Points(eqx.Module):
     mask: Array | None = None
 
 
-def check_fields(penalty, alpha, start, ranks) -> None:
+def checked_alpha(penalty, alpha, start, ranks) -> float | Array:
     if penalty not in kernel.PENALTIES:
         raise ValueError(f"penalty must be one of {', '.join(map(repr, kernel.PENALTIES))}; got {penalty!r}.")
     if start not in ("points", "centre"):
         raise ValueError(f"start must be 'points' or 'centre', got {start!r}.")
-    if isinstance(alpha, (int, float)) and not 0 < alpha < float("inf"):
-        raise ValueError(f"alpha must be positive and finite, got {alpha}.")
-    if eqx.is_array(alpha) and (alpha.ndim not in ranks or not jnp.issubdtype(alpha.dtype, jnp.floating)):  # pyright: ignore[reportAttributeAccessIssue]
-        kinds = "a floating scalar" + (" or vector" if 1 in ranks else "")
-        raise ValueError(f"alpha must be a number or {kinds}, got {alpha.dtype}{list(alpha.shape)}.")  # pyright: ignore[reportAttributeAccessIssue]
+    return number(alpha, "alpha", ranks=ranks)
 
 
 def check_axis(axis) -> tuple[int, ...]:

@@ -88,7 +88,7 @@ class RobustPool(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        points.check_fields(penalty, alpha, start, ranks=(0, 1))
+        self.alpha = points.checked_alpha(penalty, alpha, start, ranks=(0, 1))
         self.penalty, self.alpha, self.start = penalty, alpha, start
         self.axis = points.check_axis(axis)
         self.adjoint = adjoint

@@ -43,6 +43,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
 from ..._core.adjoint import AbstractAdjoint, lax_loop
+from ..._core.arguments import integer, number
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -151,18 +152,14 @@ class QuadraticProgram(AbstractDeclarativeNode):
     ):
         if gradient not in ("exact", "smoothed"):
             raise ValueError(f"gradient must be 'exact' or 'smoothed', got {gradient!r}.")
-        if isinstance(smoothing, (int, float)) and not 0 < smoothing < float("inf"):
-            raise ValueError(f"smoothing must be positive and finite, got {smoothing!r}.")
         if elastic is True:
             elastic = 1e6
         elif elastic is False:
             elastic = None
         if elastic is not None and not 0 < elastic < float("inf"):
             raise ValueError(f"elastic must be True, False, None or a positive penalty weight, got {elastic!r}.")
-        if dependent_equations is not None and (isinstance(dependent_equations, bool) or dependent_equations < 0):
-            raise ValueError(
-                f"dependent_equations must be a non-negative integer or None, got {dependent_equations!r}."
-            )
+        if dependent_equations is not None:
+            dependent_equations = integer(dependent_equations, "dependent_equations", 0, hint=" or None")
         unrolls = isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
         if unrolls or (isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls):
             raise ValueError(
@@ -171,7 +168,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
             )
         self.gradient = gradient  # pyright: ignore[reportAttributeAccessIssue]  (checked above)
         self.dependent_equations = dependent_equations
-        self.smoothing = smoothing
+        self.smoothing = number(smoothing, "smoothing")
         self.elastic = elastic
         self.adjoint = adjoint
         if policy is None and max_steps is None:
@@ -594,6 +591,6 @@ def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, l
 
 def _result(code):
     result: Any = RESULTS.successful
-    for number, member in _CODES.items():
-        result = RESULTS.where(code == number, member, result)
+    for value, member in _CODES.items():
+        result = RESULTS.where(code == value, member, result)
     return result

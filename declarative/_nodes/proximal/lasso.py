@@ -9,6 +9,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from ..._core.adjoint import AbstractAdjoint
+from ..._core.arguments import integer
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -83,8 +84,6 @@ class Lasso(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if k_max is not None and (isinstance(k_max, bool) or not isinstance(k_max, int) or k_max < 1):
-            raise ValueError(f"k_max must be a positive integer or None, got {k_max!r}.")
         if (
             isinstance(adjoint, AbstractAdjoint)
             and adjoint.unrolls
@@ -93,7 +92,7 @@ class Lasso(AbstractDeclarativeNode):
             raise ValueError(
                 f"Lasso's iterations are not for differentiation: use adjoint=None, or ProximalArgmin with {type(adjoint).__name__}."
             )
-        self.k_max = k_max
+        self.k_max = None if k_max is None else integer(k_max, "k_max", hint=" or None")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from ..._core.adjoint import lax_loop
+from ..._core.arguments import number
 from ..._core.implicit import Run, detach, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
@@ -107,14 +108,8 @@ class EntropicTransport(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        for name, value in (("epsilon", epsilon), ("rho", rho)):
-            if isinstance(value, (int, float)) and not 0 < value < float("inf"):
-                hint = "; None keeps the masses exactly" if name == "rho" else ""
-                raise ValueError(f"{name} must be positive and finite, got {value}{hint}.")
-            if isinstance(value, jax.Array) and (value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating)):
-                raise ValueError(f"{name} must be a number or a floating scalar array, got {value.dtype}{value.shape}.")
-        self.epsilon = epsilon
-        self.rho = rho
+        self.epsilon = number(epsilon, "epsilon")
+        self.rho = None if rho is None else number(rho, "rho", hint="; None keeps the masses exactly")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
@@ -461,7 +456,14 @@ def _scaled(problem: _Problem, scale, a, b, active, max_steps: int) -> Optimum:
         return jnp.where(done | slow, gamma, new), phi, error, done, steps + 1, slow
 
     zero = jnp.zeros((), a.dtype)
-    start = (jnp.zeros_like(b), jnp.zeros_like(a), zero + jnp.inf, ~active, jnp.zeros((), jnp.int32), jnp.zeros((), bool))
+    start = (
+        jnp.zeros_like(b),
+        jnp.zeros_like(a),
+        zero + jnp.inf,
+        ~active,
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), bool),
+    )
     go_on = lambda state: ~state[3] & ~state[5] & (state[4] < max_steps)
     gamma, phi, error, done, steps, _ = jax.lax.while_loop(go_on, body, start)
     return Optimum(jnp.where(jnp.isfinite(gamma), gamma, 0), phi, error, steps, done & active)

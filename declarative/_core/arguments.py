@@ -1,0 +1,71 @@
+"""Arguments of constructors: what is wrong with one is said where it is given, with its name and what would be right."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+_INFINITY = float("inf")
+
+
+def number(
+    value: Any,
+    name: str,
+    low: float = 0.0,
+    high: float = _INFINITY,
+    *,
+    closed: str = "",
+    ranks: Sequence[int] = (0,),
+    hint: str = "",
+) -> float | Float[Array, "..."]:
+    """A Python number between `low` and `high`, or a floating array of one of the `ranks`, which is learnable.
+
+    `closed`: the ends that are allowed, of "low" and "high". An array is judged when it has a value, by the node. NumPy's
+    scalars become numbers, its other arrays arrays of JAX.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        value = value.item()
+    elif isinstance(value, np.ndarray):
+        _check_range(value, name, low, high, closed, hint)
+        value = jnp.asarray(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        _check_range(value, name, low, high, closed, hint)
+        return value
+    good = isinstance(value, jax.Array)
+    if good and value.ndim in ranks and jnp.issubdtype(value.dtype, jnp.floating):
+        return value
+    kinds = "a floating scalar array" if tuple(ranks) == (0,) else "a floating scalar or vector"
+    got = f"{value.dtype}{list(value.shape)}" if good else repr(value)
+    raise ValueError(f"{name} must be a number or {kinds}, got {got}{hint}.")
+
+
+def _check_range(value: Any, name: str, low: float, high: float, closed: str, hint: str) -> None:
+    above = value >= low if "low" in closed else value > low
+    below = value <= high if "high" in closed else value < high
+    if np.all(above & below):
+        return
+    if high < _INFINITY:
+        ends = "[" if "low" in closed else "(", "]" if "high" in closed else ")"
+        wanted = f"lie in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    elif low == 0 and not closed:
+        wanted = "be positive and finite"
+    else:
+        wanted = f"be {'at least' if 'low' in closed else 'above'} {low:g} and finite"
+    raise ValueError(f"{name} must {wanted}, got {value}{hint}.")
+
+
+def integer(value: Any, name: str, least: int = 1, *, hint: str = "") -> int:
+    """An integer of Python or NumPy, not less than `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        kind = {0: "a non-negative integer", 1: "a positive integer"}.get(least, f"an integer of at least {least}")
+        raise ValueError(f"{name} must be {kind}{hint}, got {value!r}.")
+    return int(value)
+
+
+def flag(value: Any, name: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
+    return bool(value)
