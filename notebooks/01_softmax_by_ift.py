@@ -383,7 +383,7 @@ crossing = declarative.implicit(
 )(lambda x: jnp.stack([jnp.sqrt(x), x]))
 
 heights = jnp.logspace(0, -14, 8 if SMALL else 29)
-reports = jax.vmap(lambda x: declarative.conditions(crossing, crossing.solve((x,)), (x,)))(heights)
+reports = jax.vmap(lambda x: declarative.conditions(crossing, crossing.solve(x), (x,)))(heights)
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
 across = jnp.linspace(-1.2, 1.2, 101)
@@ -409,7 +409,7 @@ for x in (1e-4, 0.0):
     value, gradient, health = declarative.value_and_grad_with_health(lambda x: crossing(x)[0])(x)
     print(f"x = {x}: y1 = {value}, dy1/dx = {gradient}\n{health.report()}\n")
 
-print(declarative.conditions(crossing, crossing.solve((x,)), (x,)))
+print(declarative.conditions(crossing, crossing.solve(x), (x,)))
 
 # %% [markdown]
 # Two things are worth knowing.

@@ -44,7 +44,7 @@ def test_on_a_kink():
 
 def test_singular_jacobian():
     node = dn.implicit(lambda y, x: y**2 - x, policy=dn.Policy(throw=False))(jnp.sqrt)
-    report = dn.conditions(node, node.solve((0.0,)), (0.0,))
+    report = dn.conditions(node, node.solve(0.0), (0.0,))
     assert report.holds() == (True, None, False)
     assert "singular" in report.verdict()
     # Wherever a solver stops near the double root, the Jacobian is tiny but not zero: it must be flagged all the same.
@@ -60,7 +60,7 @@ def test_estimates_above_the_dense_size():
     rotate = jnp.roll(jnp.eye(n), 1, 0)
     node = dn.implicit(lambda y, x: diagonal * (rotate @ y) - x)(lambda x: rotate.T @ (x / diagonal))
     x = jnp.ones(n)
-    report = dn.conditions(node, node.solve((x,)), (x,))
+    report = dn.conditions(node, node.solve(x), (x,))
     assert not report.exact
     np.testing.assert_allclose(float(report.sigma_max), 1e3, rtol=1e-3)
     np.testing.assert_allclose(float(report.sigma_min), 1.0, rtol=5e-2)
@@ -71,7 +71,7 @@ def test_ill_conditioned_is_said(dtype):
     eps = float(jnp.finfo(dtype).eps)
     d = jnp.array([1.0, eps**0.75], dtype)
     node = dn.implicit(lambda y, x: d * y - x)(lambda x: x / d)
-    report = dn.conditions(node, node.solve((d,)), (d,))
+    report = dn.conditions(node, node.solve(d), (d,))
     assert "ill-conditioned" in report.verdict()
 
 

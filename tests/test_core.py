@@ -14,6 +14,8 @@ import pytest
 from jaxtyping import TypeCheckError
 
 import declarative as dn
+from declarative._core.arguments import integer, number
+from declarative._nodes.generic.root import check_solver
 
 from .helpers import tree_close
 from .rows.core import BIAS, WEIGHT, contraction
@@ -236,6 +238,15 @@ def test_unperturbed_leaves_under_reverse_over_reverse():
     assert jnp.allclose(jax.grad(jax.grad(f))(3.0), 2.0)
 
 
+def test_bisection_of_a_bracket():
+    bracket = {"lower": 0, "upper": 2.0}
+    node = dn.Root(lambda y, x: y**3 - x, optx.Bisection(1e-12, 1e-12), options=bracket)
+    value, slope = jax.value_and_grad(lambda x: node(x, y0=0.5))(1.2)
+    np.testing.assert_allclose((value, slope), (1.2 ** (1 / 3), 1.2 ** (-2 / 3) / 3), rtol=1e-10)
+    with pytest.raises(ValueError, match="needs its bracket"):
+        dn.Root(lambda y, x: y**3 - x, optx.Bisection(1e-5, 1e-5))
+
+
 def test_implicit_decorator():
     offset = jnp.array(0.3)
 
@@ -251,7 +262,13 @@ def test_implicit_decorator():
     a, b = jr.normal(jr.key(0), (5, 3)), jr.normal(jr.key(1), (5,))
     tree_close(jax.jacrev(build(offset), (0, 1))(a, b), jax.jacrev(direct, (0, 1))(a, b, offset), 1e-11)
     tree_close(jax.jacfwd(lambda o: build(o)(a, b))(offset), jax.jacfwd(direct, 2)(a, b, offset), 1e-11)
-    assert "successful" in build(offset).solve((a, b)).report()
+    assert "successful" in build(offset).solve(a, b).report()
+    double = dn.implicit(lambda y, x: y - 2 * x, throw=False)(lambda x: 2 * x)
+    assert double.solve(jnp.ones(1)).value.shape == (1,)
+    for data in ((a, b), ((a, b),)):
+        assert "applies" in dn.conditions(build(offset), build(offset).solve(a, b), *data).verdict()
+    with pytest.raises(ValueError, match="the tuple of its arguments"):
+        dn.conditions(double, double.solve(jnp.ones(1)), jnp.ones(1))
     with pytest.raises(ValueError, match="differentiates a node's own iterations"):
         dn.implicit(lambda y, x: y - x, adjoint=dn.UnrolledAdjoint())
 
@@ -452,13 +469,41 @@ def test_scalars_of_constructors(name):
         # The suite checks annotations as well, and may be first.
         with pytest.raises((ValueError, TypeCheckError), match=f"{name} must|parameter '{name}'"):
             make(wrong)
-    for right in (2, 2.0, np.float32(2)):
-        assert isinstance(getattr(make(right), name), (int, float))
-    assert eqx.is_array(getattr(make(jnp.array(2.0)), name))
+    assert getattr(make(2.0), name) == 2
+    learnable = getattr(make(jnp.array(2.0)), name)
+    assert eqx.is_array(learnable)
+    assert (
+        not learnable.weak_type
+    )  # or the first step of an optimiser would change its type, and compile everything again
 
 
-@pytest.mark.parametrize("wrong", [0, True, 2.5, "3", np.float64(3)])
-def test_counts_of_constructors(wrong):
-    with pytest.raises((ValueError, TypeCheckError), match="k must be a positive integer|parameter 'k'"):
-        dn.Eigendecomposition(wrong)
-    assert dn.Eigendecomposition(np.int64(3)).k == 3
+def test_counts_and_numpy_numbers():
+    for wrong in (0, True, 2.5, "3", np.float64(3)):
+        with pytest.raises(ValueError, match="k must be a positive integer or None, got"):
+            integer(wrong, "k", hint=" or None")
+    assert integer(np.int64(3), "k") == 3
+    for right in (np.float32(2), np.array(2.0)):
+        assert isinstance(number(right, "alpha"), float)
+
+
+@pytest.mark.parametrize("kind", [dn.Anderson, dn.Broyden, dn.ProximalGradient, dn.MirrorDescent])
+def test_tolerances_of_solvers(kind):
+    for wrong in ((jnp.sum, 0.0), ("a", 0.0), (-1.0, 0.0), (1e-3, np.nan)):
+        with pytest.raises(ValueError, match="[ra]tol must be"):
+            kind(*wrong)
+
+
+def test_the_right_solver_is_named():
+    for make, words in (
+        (lambda: check_solver(dn.Anderson(), (optx.AbstractRootFinder,), "Root", "root finder"), "for `FixedPoint`"),
+        (lambda: check_solver(optx.Newton(1e-4, 1e-4), (optx.AbstractMinimiser,), "Argmin", "minimiser"), "for `Root`"),
+        (lambda: check_solver(dn.Anderson, (optx.AbstractMinimiser,), "Argmin", "minimiser"), "make an instance"),
+        (lambda: dn.Argmin(lambda y, x: y, step_size=-1.0), "step_size must be positive"),
+        (lambda: dn.Anderson(1e-3), "give rtol and atol, or neither"),
+        (lambda: optx.fixed_point(lambda y, _: y / 2, dn.Anderson(), jnp.ones(2)), "needs rtol and atol"),
+    ):
+        with pytest.raises((ValueError, TypeCheckError), match=f"{words}|parameter 'solver'"):
+            make()
+    # Of the dtype, in a node.
+    node = dn.FixedPoint(lambda y, x: jnp.cos(y) * x, dn.Anderson())
+    np.testing.assert_allclose(node(jnp.array(0.5), y0=0.0), 0.45018361129487355, rtol=1e-14)

@@ -49,6 +49,7 @@ def test_masked_and_wrong_targets():
     z = Z.at[1].set(-jnp.inf)
     assert np.all(np.isfinite(np.asarray(jax.grad(dn.entmax_loss)(z, 2))))
     assert np.isnan(float(dn.entmax_loss(Z, 7)))
+    assert np.isnan(float(dn.entmax_loss(Z, Z)))  # no distribution: the loss would be negative
     # Under the tests' type checker a wrong shape is caught before our own message.
     with pytest.raises((ValueError, TypeCheckError), match="scores"):
         dn.softmax_loss(Z, jnp.ones(3))

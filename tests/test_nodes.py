@@ -1,5 +1,6 @@
 """The check kit over the table of nodes."""
 
+import jax
 import pytest
 
 from declarative.testing import check_node
@@ -22,8 +23,15 @@ def test_node(row):
     _check(row, None, full=False)
 
 
+@pytest.fixture
+def forget_each():
+    """As `forget_compiled_programs`: the whole table in one process compiles more programs than a process has room for."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_node_full(case):
+def test_node_full(case, forget_each):
     """Every node under each of its adjoints: second order, low precision and exports as well."""
     _check(*case, full=True)

@@ -343,6 +343,22 @@ def test_nan_stays_in_its_lane():
     assert np.all(np.isnan(for_x[1:, whole]).any(-1))
 
 
+def test_failures_are_nan_in_every_gradient():
+    """Also where the failed algorithm did not look at an entry."""
+    X, half = jnp.array([[np.nan, 1.0], [2.0, 0.0]]), jnp.full(2, 0.5)
+    calls = [
+        (lambda x: dn.projection_second_order_cone(x)[1], (jnp.array([np.nan, 1.0, 2.0]),)),
+        (lambda X: dn.projection_birkhoff(X)[1, 1], (X,)),
+        (lambda X, a, b: dn.projection_transport(X, (a, b))[1, 1], (X, half, half)),
+        (lambda X, a, b: jnp.sum(dn.projection_transport(X, (a, 2 * b)) ** 2), (jnp.eye(2), half, half)),
+        (lambda X, a, b: dn.Projection(dn.TransportPolytope(a, b), throw=False)(X)[1, 1], (X, half, half)),
+        (lambda x: dn.SoftRank(1.0, throw=False, adjoint=dn.ImplicitAdjoint())(x)[0], (jnp.array([np.nan]),)),
+    ]
+    for call, data in calls:
+        for gradient in jax.grad(call, tuple(range(len(data))))(*data):
+            assert np.all(np.isnan(gradient))
+
+
 def test_infeasible_and_radius_zero():
     x = jnp.array([0.9, -0.4, 0.7, 0.2])
     empty = [

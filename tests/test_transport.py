@@ -189,6 +189,41 @@ def test_a_mass_of_zero_has_a_one_sided_derivative():
     assert np.min(forward[1][b > 0]) > 0
 
 
+def test_masses_of_zero_in_the_unbalanced_minimum():
+    """Its gradient there is the one-sided derivative."""
+    value = jax.jit(lambda a, b: dn.EntropicTransport(0.3, rho=0.7).solve(jnp.asarray(C), a, b).objective)
+    a, b = jnp.asarray(at(A, (1, 0.0))), jnp.asarray(at(B, (2, 0.0)))
+    for side, index in ((0, 1), (1, 2)):
+        moved = [(a, b)[k].at[index].add(1e-6) if k == side else (a, b)[k] for k in (0, 1)]
+        gradient = jax.grad(value, side)(a, b)[index]
+        np.testing.assert_allclose(gradient, (value(*moved) - value(a, b)) / 1e-6, rtol=1e-5)
+
+
+def test_unbalanced_totals_far_apart():
+    """A weak penalty on one constant in the potentials: hundreds of steps, were it left to the iteration."""
+    cost, a, b = C[:3, :4], np.full(3, 1 / 3), np.full(4, 1 / 4)
+    lanes = [(cost, a, total * b, 0.01, rho) for total in (1.1, 100.0) for rho in (1e2, 1e4)]
+    node = lambda C, a, b, epsilon, rho: dn.EntropicTransport(epsilon, rho=rho, throw=False).solve(C, a, b)
+    solution = jax.jit(jax.vmap(node))(*(jnp.asarray(np.stack(part)) for part in zip(*lanes, strict=True)))
+    assert status(solution) == [""] * 4
+    assert np.max(solution.stats["steps"]) < 30
+    np.testing.assert_allclose(
+        np.sum(np.asarray(solution.value)[[1, 3]], axis=(1, 2)), np.sqrt([1.1, 100.0]), rtol=2e-3
+    )
+
+
+def test_loss_of_a_confident_plan_in_float32():
+    """-log P of the pairs that are right: the potentials' cotangent is nothing but rounding, if it is formed as a difference."""
+    cost = 8 * np.random.default_rng(0).uniform(size=(60, 4, 4))
+
+    def loss(C):
+        return -jnp.mean(jnp.log(jnp.diagonal(4 * dn.EntropicTransport(0.2, throw=False)(C))))
+
+    exact, rounded = (jax.jit(jax.vmap(jax.grad(loss)))(jnp.asarray(cost, dtype)) for dtype in (np.float64, np.float32))
+    assert np.max(np.abs(exact)) > 1
+    np.testing.assert_allclose(rounded, exact, atol=2e-4)
+
+
 def test_potentials_and_minimum():
     """The plan from the potentials; the minimum by the definition; its gradient, the plan itself."""
     for rho in (None, 0.4):
@@ -413,6 +448,22 @@ def test_derivatives_of_projections():
     np.testing.assert_allclose(forward, (moved[0] - moved[1]) / (2 * step), atol=1e-7)
     sides = sum(np.sum(g * d, axis=tuple(range(1, d.ndim))) for g, d in zip(reverse, dx, strict=True))
     np.testing.assert_allclose(sides, np.sum(weights * forward, axis=(1, 2)), rtol=1e-9)
+
+
+def test_multipliers_of_rows_and_columns_without_mass():
+    X, a, b = np.array([[1.0, 2, 0], [0.5, 0, 1], [0, 0, 3]]), np.array([0.0, 1, 0]), np.array([0.2, 0, 0.8])
+    for transposed in (False, True):
+        data = (X.T, b, a) if transposed else (X, a, b)
+        node = lambda x, a, b, **options: dn.Projection(dn.TransportPolytope(a, b), **options)(x)
+        solution = dn.Projection(dn.TransportPolytope(*map(jnp.asarray, data[1:]))).solve(jnp.asarray(data[0]))
+        Xs, rows, columns = (part[None] for part in data)
+        certified(Xs, rows, columns, jax.tree.map(lambda leaf: leaf[None], solution), 1e-12)
+        assert solution.stats["residual"] < 1e-12
+        slopes = [
+            jax.grad(lambda x: jnp.sum(node(x, *data[1:], adjoint=adjoint) ** 2))(jnp.asarray(data[0]))  # noqa: B023
+            for adjoint in (None, dn.ImplicitAdjoint())
+        ]
+        np.testing.assert_allclose(*slopes, atol=1e-12)
 
 
 def test_infeasible_and_misused_projections():

@@ -30,7 +30,7 @@ import lineax as lx
 import optimistix as optx
 
 from . import health
-from .arguments import integer
+from .arguments import integer, number
 from .implicit import (
     LinearSystem,
     Problem,
@@ -84,8 +84,11 @@ class ImplicitAdjoint(AbstractAdjoint):
     unrolls: ClassVar[bool] = False
 
     def __check_init__(self):
-        if not self.damping >= 0:
-            raise ValueError(f"damping must be >= 0, got {self.damping!r}.")
+        if not (self.linear_solver is None or isinstance(self.linear_solver, lx.AbstractLinearSolver)):
+            raise ValueError(
+                f"linear_solver must be a lineax solver or None, got {self.linear_solver!r}. (`damping=` is named.)"
+            )
+        number(self.damping, "damping", closed="low")
 
     def linear_solve(self, matvec, vector, system):
         struct = jax.ShapeDtypeStruct(vector.shape, vector.dtype)
@@ -175,8 +178,7 @@ class PhantomAdjoint(AbstractAdjoint):
 
     def __check_init__(self):
         integer(self.steps, "steps")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in (0, 1], got {self.damping!r}.")
+        number(self.damping, "damping", 0.0, 1.0, closed="high")
 
     def linear_solve(self, matvec, vector, system):
         del system

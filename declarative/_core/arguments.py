@@ -36,7 +36,8 @@ def number(
         return value
     good = isinstance(value, jax.Array)
     if good and value.ndim in ranks and jnp.issubdtype(value.dtype, jnp.floating):
-        return value
+        # Not weakly typed, as `jnp.array(0.5)` is: a step of an optimiser would change its type, and everything would compile again.
+        return jax.lax.convert_element_type(value, value.dtype)
     kinds = "a floating scalar array" if tuple(ranks) == (0,) else "a floating scalar or vector"
     got = f"{value.dtype}{list(value.shape)}" if good else repr(value)
     raise ValueError(f"{name} must be a number or {kinds}, got {got}{hint}.")
@@ -55,6 +56,16 @@ def _check_range(value: Any, name: str, low: float, high: float, closed: str, hi
     else:
         wanted = f"be {'at least' if 'low' in closed else 'above'} {low:g} and finite"
     raise ValueError(f"{name} must {wanted}, got {value}{hint}.")
+
+
+def check_tolerances(rtol: Any, atol: Any) -> None:
+    """Of a solver: numbers, not negative, or scalar arrays."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+            _check_range(value, name, 0.0, _INFINITY, "low", "")
+        elif not (isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value) == 0):
+            hint = "; functions go to the node, `FixedPoint` or `ProximalArgmin`" if callable(value) else ""
+            raise ValueError(f"{name} must be a number, at least 0; got {value!r}{hint}.")
 
 
 def integer(value: Any, name: str, least: int = 1, *, hint: str = "") -> int:

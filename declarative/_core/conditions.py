@@ -7,13 +7,15 @@ Jacobian counts as singular if its smallest singular value is lost in rounding, 
 $\sqrt\epsilon$, changes the Jacobian by as much: at a double root of $y^2 = x$ it is tiny but not zero wherever a solver stops.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from .._linear.norms import largest
 from .implicit import norm, typical_scale
@@ -100,13 +102,18 @@ class ConditionsReport(eqx.Module):
 
 
 @full_precision()
-def conditions(node: AbstractDeclarativeNode, solution: Solution, x: PyTree) -> ConditionsReport:
-    """Checks the conditions of the implicit function theorem for `node` at `solution`, with the data `x` that it was solved for.
+def conditions(node: AbstractDeclarativeNode, solution: Solution, *args: Any, **named: Any) -> ConditionsReport:
+    """Checks the conditions of the implicit function theorem for `node` at `solution`, with the data that it was solved for: `x`, or the
+    arguments of the call.
 
     Up to 500 unknowns the singular values are exact; above, estimated from Jacobian products. One example; `jax.vmap` for
     batches. Float32 data are judged by float32's accuracy.
     """
-    node, x, y = bound_inputs(node, x, solution.unknown)
+    if not isinstance(solution, Solution):
+        raise ValueError(
+            f"conditions(node, solution, x): solution must be what `node.solve(x)` returns, got {type(solution).__name__}."
+        )
+    node, x, y = bound_inputs(node, node.pack(*args, **named), solution.unknown)
     vector, unravel = ravel_pytree(y)
     function = lambda v: ravel_pytree(node.optimality(unravel(v), x))[0]
     eps = float(jnp.finfo(vector.dtype).eps)

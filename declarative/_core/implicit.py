@@ -112,6 +112,23 @@ def select(ok: Bool[Array, ""], tree: PyTree, other: Callable[[Array], Any]) -> 
     return jtu.tree_map(lambda leaf: jnp.where(ok, leaf, other(leaf)) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
+@eqx.filter_custom_jvp
+def poison(data: PyTree, ok: Bool[Array, ""]) -> Float[Array, ""]:
+    """0 where `ok`, else NaN; its derivative in every inexact array of `data` is that number as well.
+
+    Added to what a failed element returns it makes NaN of the whole gradient, also of what the failed algorithm did not look at.
+    """
+    del data
+    return jnp.where(ok, 0.0, jnp.nan)
+
+
+@poison.def_jvp
+def _(primals, tangents):
+    value = poison(*primals)
+    moved = [jnp.sum(leaf * value.astype(leaf.dtype)) for leaf in jtu.tree_leaves(tangents[0])]
+    return value, sum((change.astype(value.dtype) for change in moved), jnp.zeros_like(value))
+
+
 def detach(leaf):
     return jax.lax.stop_gradient(leaf)
 

@@ -33,6 +33,7 @@ from .implicit import (
     implicit_solution,
     judge,
     norm,
+    poison,
     select,
 )
 from .precision import full_precision
@@ -67,6 +68,8 @@ class Policy(eqx.Module):
 def make_policy(policy: Policy | None, **overrides: Any) -> Policy:
     """A policy from the constructor arguments of a node: `policy`, with the keywords that are not None put over it."""
     policy = Policy() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy must be a declarative.Policy, got {policy!r}.")
     fields = {name: getattr(policy, name) for name in ("throw", "on_failure", "max_steps")}
     return Policy(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
 
@@ -169,8 +172,12 @@ class AbstractDeclarativeNode(eqx.Module):
         del x
         return y0
 
-    def pack(self, x: PyTree) -> PyTree:
+    def pack(self, x: PyTree, *more: Any, **named: Any) -> PyTree:
         """The node's data Module from the friendlier forms that it takes."""
+        if more or named:
+            raise ValueError(
+                f"{type(self).__name__} takes one `x`: put several arrays into a tuple or a dictionary. (A guess is given by name: `y0=...`.)"
+            )
         return x
 
     def check(self, x: PyTree) -> None:
@@ -211,16 +218,16 @@ class AbstractDeclarativeNode(eqx.Module):
         del y, x
         return None
 
-    def __call__(self, x: PyTree, *, y0: PyTree = None) -> PyTree:
+    def __call__(self, x: PyTree, *more: Any, y0: PyTree = None, **named: Any) -> PyTree:
         """The solution for one example, with the policy applied."""
-        return evaluate(self, x, y0)
+        return evaluate(self, self.pack(x, *more, **named), y0)
 
-    def solve(self, x: PyTree, *more: Any, y0: PyTree = None, **named: Any) -> Solution:
+    def solve(self, *args: Any, y0: PyTree = None, **named: Any) -> Solution:
         """The `Solution` for one example; takes the arguments of a call. Does not raise when the solve fails: read `result`.
 
         `solution.result == RESULTS.successful` is a boolean for each element, `solution.report()` the same in words.
         """
-        return _solution(self, self.pack(x, *more, **named) if more or named else x, y0)
+        return _solution(self, self.pack(*args, **named), y0)
 
 
 def evaluate(node: AbstractDeclarativeNode, x: PyTree, y0: PyTree = None) -> PyTree:
@@ -285,8 +292,8 @@ def _evaluate(inputs, probe):
         return select(code == 0, value, last), code
     if _rule(node) is None and node.fails_as_nan:
         return value, code
-    # A product, not a select: the gradient of a failed element is NaN as well.
-    return jtu.tree_map(lambda leaf: leaf * jnp.where(code == 0, 1, jnp.nan).astype(leaf.dtype), value), code
+    failed = poison((node, x), code == 0)
+    return jtu.tree_map(lambda leaf: leaf + failed.astype(leaf.dtype), value), code
 
 
 @eqx.filter_jit

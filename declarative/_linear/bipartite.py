@@ -177,19 +177,24 @@ class BipartiteFactor(eqx.Module):
 
 
 def bipartite_factor(
-    system: Bipartite, groups: Components | None, needed: bool | Bool[Array, ""] = True
+    system: Bipartite, groups: Components | None, needed: bool | Bool[Array, ""] = True, shift: float = 0.0
 ) -> BipartiteFactor:
-    """As it says; lanes of a batch that do not need it cost little on CPU, and get zeros."""
+    """As it says; lanes of a batch that do not need it cost little on CPU, and get zeros.
+
+    The factor is that of S + `shift` diag(c), so that refinement leaves out of the solution what belongs to eigenvalues far below `shift`.
+    """
     n, m = system.weights.shape
     assert m <= n
     if m > _DENSE:
         return BipartiteFactor(system, groups, None)
-    pinned = jnp.zeros((m, m), system.weights.dtype)
+    c = system.columns
+    pinned = jnp.zeros((m, m), c.dtype)
     if groups is not None:
-        c, labels = system.columns, groups.columns
+        labels = groups.columns
         _, total = groups.spread(groups.sums(jnp.zeros(n, c.dtype), c))
         pinned = jnp.where(labels[:, None] == labels[None, :], c[:, None] * c[None, :] * inverse(total)[None, :], 0)
-    root = _schur_root(jnp.asarray(needed), system.weights, system.row_excess, system.column_excess, pinned)
+    excess = system.column_excess if shift == 0 else system.column_excess + shift * c
+    root = _schur_root(jnp.asarray(needed), system.weights, system.row_excess, excess, pinned)
     return BipartiteFactor(system, groups, InverseRoot(root))
 
 

@@ -40,7 +40,8 @@ def entmax_loss(scores: Float[Array, " n"], target: Target, alpha: float | Float
     **Arguments:**
 
     - `scores`: `(n,)`, float32 or float64. A score of -inf takes no part (its target must be 0).
-    - `target`: an integer class (one out of range gives NaN), or a probability vector `(n,)`.
+    - `target`: an integer class, or a probability vector `(n,)`. A class out of range gives NaN, and so does a vector that is off the simplex by
+      more than the square root of the dtype's precision: the loss would not be one.
     - `alpha`: in (1, 4]; an array gets its gradient.
 
     **Returns:** a non-negative scalar; gradient `entmax(scores) - target`, all modes and orders away from kinks.
@@ -69,6 +70,9 @@ def _loss(node, scores, target, alpha):
         raise ValueError(f"target must be a class or have the shape of the scores, {scores.shape}; got {target.shape}.")
     else:
         target = target.astype(scores.dtype)
+        slack = float(jnp.finfo(scores.dtype if dtype.itemsize > 2 else dtype).eps) ** 0.5
+        off = jnp.maximum(jnp.abs(jnp.sum(target) - 1), -jnp.min(target))
+        target = target + jnp.where(jax.lax.stop_gradient(off) <= slack, 0, jnp.nan)
     if not isinstance(alpha, (int, float)):
         alpha = jnp.asarray(alpha).astype(scores.dtype)
     return envelope(_gap, node.solve(x).unknown, (x, target, alpha)).astype(dtype)

@@ -30,7 +30,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
 from .._linear.norms import largest
-from .safeguard import Progress, begin, check_settings, reciprocal_length
+from .safeguard import Progress, begin, check_settings, reciprocal_length, require_tolerances
 
 
 class _State(eqx.Module):
@@ -46,13 +46,14 @@ class Anderson(optx.AbstractFixedPointSolver):
     """Anderson acceleration; for `FixedPoint(fn, solver=Anderson(rtol, atol))` or `optimistix.fixed_point`.
 
     - `rtol`, `atol`: it stops where the largest entry of `fn(y) - y` is at most `rtol * max|fn(y)| + atol`, and returns `fn(y)`.
+      None, for both: those of the dtype, in `FixedPoint`.
     - `history`: the number m of differences. Each takes two vectors of the size of y.
     - `ridge`: added to the diagonal of the Gram matrix of the differences, all of length 1; None: a hundred times the spacing of the dtype.
     - `growth`: an extrapolation after which the residual is more than this times the least one is taken back.
     """
 
-    rtol: Any
-    atol: Any
+    rtol: Any = None
+    atol: Any = None
     history: int = eqx.field(static=True, default=5)
     ridge: float | None = eqx.field(static=True, default=None)
     growth: float = eqx.field(static=True, default=10.0)
@@ -60,12 +61,13 @@ class Anderson(optx.AbstractFixedPointSolver):
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
     def __check_init__(self):
-        check_settings(self.history, self.growth)
+        check_settings(self.rtol, self.atol, self.history, self.growth)
         if self.ridge is not None and not self.ridge >= 0:
             raise ValueError(f"ridge must be at least 0, got {self.ridge!r}.")
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
+        require_tolerances(self)
         progress = begin(y)
         rows = jnp.zeros((self.history, progress.y.size), progress.y.dtype)
         return _State(progress, rows, rows, jnp.eye(self.history, dtype=rows.dtype), jnp.zeros((), jnp.int32))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._core.arguments import check_tolerances
 from .._core.implicit import detach_tree
 from .._linear.norms import largest, maximum
 
@@ -44,6 +45,7 @@ class BlockCoordinateDescent(optx.AbstractMinimiser):
     norm: Any = eqx.field(static=True)
 
     def __init__(self, rtol: Any, atol: Any, prox: Callable[[PyTree, PyTree, Any], PyTree] | None = None):
+        check_tolerances(rtol, atol)
         self.rtol, self.atol, self.prox, self.norm = rtol, atol, prox, optx.max_norm
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):

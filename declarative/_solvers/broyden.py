@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from .._core.implicit import norm
 from .._linear.norms import largest
-from .safeguard import Progress, begin, check_settings, reciprocal_length
+from .safeguard import Progress, begin, check_settings, reciprocal_length, require_tolerances
 
 
 class _State(eqx.Module):
@@ -44,22 +44,24 @@ class Broyden(optx.AbstractFixedPointSolver):
     """Broyden's method; for `FixedPoint(fn, solver=Broyden(rtol, atol))` or `optimistix.fixed_point`.
 
     - `rtol`, `atol`: it stops where the largest entry of `fn(y) - y` is at most `rtol * max|fn(y)| + atol`, and returns `fn(y)`.
+      None, for both: those of the dtype, in `FixedPoint`.
     - `history`: the number m of pairs. Each takes two vectors of the size of y.
     - `growth`: an extrapolation after which the residual is more than this times the least one is taken back.
     """
 
-    rtol: Any
-    atol: Any
+    rtol: Any = None
+    atol: Any = None
     history: int = eqx.field(static=True, default=40)
     growth: float = eqx.field(static=True, default=10.0)
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
     def __check_init__(self):
-        check_settings(self.history, self.growth)
+        check_settings(self.rtol, self.atol, self.history, self.growth)
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
+        require_tolerances(self)
         progress = begin(y)
         rows = jnp.zeros((self.history, progress.y.size), progress.y.dtype)
         return _State(progress, rows, rows, jnp.zeros((), jnp.int32))

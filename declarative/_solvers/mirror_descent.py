@@ -23,6 +23,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._core.arguments import check_tolerances
 from .._core.implicit import detach_tree
 from .._linear.norms import largest
 from .proximal_gradient import first_step, gradient_of, search
@@ -64,6 +65,7 @@ class MirrorDescent(optx.AbstractMinimiser):
     ):
         if not callable(geometry) and geometry not in ("simplex", "orthant"):
             raise ValueError(f'geometry must be "simplex", "orthant" or a function, got {geometry!r}.')
+        check_tolerances(rtol, atol)
         self.rtol, self.atol, self.geometry, self.step_size, self.norm = rtol, atol, geometry, step_size, optx.max_norm
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):

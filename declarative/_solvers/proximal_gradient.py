@@ -23,6 +23,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._core.arguments import check_tolerances
 from .._core.implicit import detach_tree, norm
 from .._linear.norms import largest
 
@@ -65,6 +66,7 @@ class ProximalGradient(optx.AbstractMinimiser):
         step_size: Any = None,
         accelerate: bool = True,
     ):
+        check_tolerances(rtol, atol)
         self.rtol, self.atol, self.prox, self.step_size = rtol, atol, prox, step_size
         self.accelerate, self.norm = accelerate, optx.max_norm
 
@@ -140,6 +142,7 @@ class ProjectedGradient(optx.AbstractMinimiser):
         step_size: Any = None,
         accelerate: bool = True,
     ):
+        check_tolerances(rtol, atol)
         self.rtol, self.atol, self.projection, self.step_size = rtol, atol, projection, step_size
         self.accelerate, self.norm = accelerate, optx.max_norm
 

@@ -14,7 +14,7 @@ import jax.tree_util as jtu
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._core.arguments import integer
+from .._core.arguments import check_tolerances, integer
 from .._linear.norms import largest
 
 
@@ -77,7 +77,23 @@ def reciprocal_length(vector: Float[Array, " n"], size: Float[Array, ""]) -> Flo
     return jax.lax.stop_gradient(jnp.where(length > 0, unit / jnp.where(length > 0, length, 1), 0))
 
 
-def check_settings(history, growth) -> None:
+def check_settings(rtol, atol, history, growth) -> None:
+    if (rtol is None) != (atol is None):
+        raise ValueError("give rtol and atol, or neither of them.")
+    if rtol is not None:
+        check_tolerances(rtol, atol)
     integer(history, "history")
     if not growth >= 1:
         raise ValueError(f"growth must be at least 1, got {growth!r}.")
+
+
+def require_tolerances(solver) -> None:
+    if solver.rtol is None:
+        raise ValueError(f"{type(solver).__name__} needs rtol and atol, unless it is the solver of a `FixedPoint`.")
+
+
+def with_tolerances(solver, rtol: Any, atol: Any):
+    """The solver, with these for the ones that it leaves open."""
+    if solver.rtol is not None:
+        return solver
+    return eqx.tree_at(lambda s: (s.rtol, s.atol), solver, (rtol, atol), is_leaf=lambda leaf: leaf is None)

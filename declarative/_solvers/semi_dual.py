@@ -36,6 +36,7 @@ class Evaluation(eqx.Module):
     error: Float[Array, ""]  # relative
     rounding: Float[Array, ""]  # of `error`
     rows: Float[Array, " n"]  # multipliers of the rows, here and as the next guess
+    gamma: Float[Array, " m"]  # the point, moved along what is maximised in closed form
 
 
 class Optimum(eqx.Module):
@@ -97,7 +98,7 @@ def maximise(
         back = jnp.where(jnp.isfinite(end), back, 0.1)
 
         new_scale = jnp.where(stage, jnp.minimum(_GROWTH * state.scale, 1), state.scale)
-        gamma = jnp.where(accept, trial, state.gamma) * (new_scale / state.scale)
+        gamma = jnp.where(accept, at.gamma, state.gamma) * (new_scale / state.scale)
         rows = jnp.where(accept, at.rows, state.rows) * (new_scale / state.scale)
         zero = jnp.zeros_like(direction)
         direction = jnp.where(stage | done, zero, jnp.where(accept, direction, state.direction))

@@ -55,7 +55,12 @@ def project(X: Float[Array, "n m"], a: Float[Array, " n"], b: Float[Array, " m"]
     active = jnp.all(jnp.isfinite(Z)) & jnp.all(jnp.isfinite(a)) & jnp.all(jnp.isfinite(b)) & jnp.any(used)
     g, steps = _interior(Z, a, b, used, active, min(max_steps, _STEPS))
     P, f, g, error = _polished(Z, a, b, used, g)
-    return Plan(unit * P, unit * f + top_f, unit * g + top_g, error, steps)
+    f, g = unit * f + top_f, unit * g + top_g
+    # Rows and columns without mass: the least multipliers that keep their entries at zero.
+    f = jnp.where(rows, f, jnp.max(jnp.where(columns[None, :], X - g[None, :], -jnp.inf), axis=1))
+    f = level(f)
+    g = level(jnp.where(columns, g, jnp.max(X - f[:, None], axis=0)))
+    return Plan(unit * P, f, g, error, steps)
 
 
 class _State(eqx.Module):

@@ -305,7 +305,7 @@ def _check_failures(setting: _Setting, failures: Mapping[str, PyTree]):
     setting.row("on_failure='zero' gives a zero gradient", bool(jnp.all(dirty[0][1] == 0)))
     weights = jnp.ones(3, setting.dtype)
     poisoned = nan(bad, node_vector)[0]
-    moved = jnp.any(jnp.isnan(poisoned[1])) & jnp.all(jnp.isfinite(poisoned[np.array([0, 2])]))
+    moved = jnp.all(jnp.isnan(poisoned[1])) & jnp.all(jnp.isfinite(poisoned[np.array([0, 2])]))
     setting.row("on_failure='nan' gives a NaN gradient, to that element only", bool(moved))
 
 

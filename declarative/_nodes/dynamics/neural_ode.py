@@ -127,7 +127,7 @@ class NeuralODE(AbstractDeclarativeNode):
         field: PyTree[Callable],
         solver: dfx.AbstractSolver | None = None,
         stepsize_controller: dfx.AbstractStepSizeController | None = None,
-        adjoint: dfx.AbstractAdjoint | None = None,
+        adjoint: dfx.AbstractAdjoint | UnrolledAdjoint | None = None,
         *,
         steps: int | None = None,
         t0: float = 0.0,
@@ -186,9 +186,9 @@ class NeuralODE(AbstractDeclarativeNode):
     def modes(self) -> frozenset[str]:
         return modes(self._adjoint())
 
-    def pack(self, x, args=None, ts=None):
-        x = x if isinstance(x, InitialValue) else InitialValue(x, args, ts)
-        return x if x.ts is None else InitialValue(x.y0, x.args, jnp.asarray(x.ts))
+    def pack(self, y0, args=None, ts=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y0 = y0 if isinstance(y0, InitialValue) else InitialValue(y0, args, ts)
+        return y0 if y0.ts is None else InitialValue(y0.y0, y0.args, jnp.asarray(y0.ts))
 
     def check(self, x: InitialValue):
         leaves = jtu.tree_leaves(x.y0)

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..._core.adjoint import AbstractAdjoint, PlainLoop
+from ..._core.arguments import number
 from ..._core.closure import close
 from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
@@ -77,9 +78,9 @@ class Argmin(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.fn = check_function(objective, "objective")
-        self.solver = check_solver(solver, (optx.AbstractMinimiser,))
+        self.solver = check_solver(solver, (optx.AbstractMinimiser,), "Argmin", "minimiser")
         self.adjoint = adjoint
-        self.step_size = step_size
+        self.step_size = None if step_size is None else number(step_size, "step_size")
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
         if isinstance(adjoint, AbstractAdjoint) and adjoint.needs_step and step_size is None:
             raise ValueError(

@@ -28,6 +28,7 @@ from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolera
 from ..._linear.biconjugate import NearIdentity, NearIdentityState
 from ..._solvers.broyden import Broyden
 from ..._solvers.picard import Picard
+from ..._solvers.safeguard import with_tolerances
 from .root import check_function, check_shape, check_solver, require_guess
 
 _SMALL = 32  # unknowns up to which elimination is the shorter way
@@ -79,7 +80,7 @@ class FixedPoint(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.fn = check_function(fn, "fn")
-        self.solver = check_solver(solver, _KINDS)
+        self.solver = check_solver(solver, _KINDS, "FixedPoint", "fixed-point solver or root finder")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
         if isinstance(adjoint, QuasiNewtonAdjoint) and not isinstance(solver, Broyden):
@@ -105,7 +106,8 @@ class FixedPoint(AbstractDeclarativeNode):
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        solver = Picard(tol.solver, zero_tolerance(tol.solver) * scale) if self.solver is None else self.solver
+        own = tol.solver, zero_tolerance(tol.solver) * scale
+        solver = Picard(*own) if self.solver is None else with_tolerances(self.solver, *own)
         out = optx.fixed_point(
             self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )

@@ -36,6 +36,7 @@ class Root(AbstractDeclarativeNode):
     - `solver`: any optimistix root finder, least-squares solver or minimiser, used verbatim; None: Newton, at the tolerance of
       the dtype.
     - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`.
+    - `options`: what the solver asks for besides, as in optimistix: `{"lower": a, "upper": b}` for `optimistix.Bisection`. No gradient.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
     **Returns:** `y`, a pytree like `y0`. No gradient flows to `y0` except through `UnrolledAdjoint`.
@@ -45,6 +46,7 @@ class Root(AbstractDeclarativeNode):
 
     fn: Callable
     solver: optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser | None
+    options: dict[str, Any] | None
     adjoint: optx.AbstractAdjoint | None
     policy: Policy
 
@@ -54,6 +56,7 @@ class Root(AbstractDeclarativeNode):
         solver: optx.AbstractRootFinder | optx.AbstractLeastSquaresSolver | optx.AbstractMinimiser | None = None,
         adjoint: optx.AbstractAdjoint | None = None,
         *,
+        options: dict[str, Any] | None = None,
         policy: Policy | None = None,
         throw: bool | None = None,
         on_failure: Literal["nan", "zero"] | None = None,
@@ -61,7 +64,12 @@ class Root(AbstractDeclarativeNode):
     ):
         self.fn = check_function(fn, "fn")
         kinds = (optx.AbstractRootFinder, optx.AbstractLeastSquaresSolver, optx.AbstractMinimiser)
-        self.solver = check_solver(solver, kinds)
+        self.solver = check_solver(solver, kinds, "Root", "root finder")
+        if options is not None and not isinstance(options, dict):
+            raise ValueError(f"options must be a dictionary that the solver reads, or None; got {options!r}.")
+        if isinstance(solver, optx.Bisection) and not {"lower", "upper"} <= set(options or ()):
+            raise ValueError('Bisection needs its bracket: options={"lower": ..., "upper": ...}.')
+        self.options = options
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
@@ -83,9 +91,20 @@ class Root(AbstractDeclarativeNode):
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.fn(y, x), y0)
         solver = newton(tol.solver, scale, y0) if self.solver is None else self.solver
         out = optx.root_find(
-            self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
+            self.fn,
+            solver,
+            y0,
+            x,
+            options=jtu.tree_map(lambda leaf: jnp.asarray(leaf, dtype) if _is_real(leaf) else leaf, self.options),
+            max_steps=self.policy.max_steps,
+            adjoint=PlainLoop(loop),
+            throw=False,
         )
         return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
+
+
+def _is_real(leaf) -> bool:
+    return eqx.is_inexact_array_like(leaf) or (isinstance(leaf, int) and not isinstance(leaf, bool))
 
 
 def newton(
@@ -108,11 +127,23 @@ def check_function(fn, name: str):
     return fn
 
 
-def check_solver(solver, kinds: tuple[type, ...]):
-    if solver is not None and not isinstance(solver, kinds):
-        got = f"the class {solver.__name__} itself" if isinstance(solver, type) else repr(solver)
-        raise ValueError(f"solver must be None or an instance of an optimistix solver, got {got}.")
-    return solver
+_SOLVES = {
+    optx.AbstractFixedPointSolver: "`FixedPoint`",
+    optx.AbstractRootFinder: "`Root`",
+    optx.AbstractMinimiser: "`Argmin` or `ProximalArgmin`",
+}
+
+
+def check_solver(solver, kinds: tuple[type, ...], node: str, kind: str):
+    """`kind`: of solvers that `node` takes, in words."""
+    if solver is None or isinstance(solver, kinds):
+        return solver
+    if isinstance(solver, type):
+        got = f"the class {solver.__name__} itself: make an instance"
+    else:
+        others = [other for base, other in _SOLVES.items() if isinstance(solver, base)]
+        got = f"{solver!r}, which is for {others[0]}" if others else repr(solver)
+    raise ValueError(f"solver of {node} must be None or an optimistix {kind}; got {got}.")
 
 
 def require_guess(node: AbstractDeclarativeNode, y0: PyTree, x: PyTree) -> PyTree:

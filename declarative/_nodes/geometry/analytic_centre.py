@@ -11,7 +11,7 @@ import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.implicit import LinearSystem, Run, norm
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.dense import Dense, inverse_where
 from ..._linear.norms import largest
@@ -83,11 +83,10 @@ class AnalyticCentre(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def __call__(self, G, h=None, *, A=None, b=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, _pack(G, h, A, b), y0)
+        return evaluate(self, self.pack(G, h, A, b), y0)
 
-    def solve(self, G, h=None, *, A=None, b=None, y0=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution`; takes the arguments of a call. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, _pack(G, h, A, b), y0=y0)
+    def pack(self, G, h=None, A=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _pack(G, h, A, b)
 
     def check(self, x):
         _check(x)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._core.arguments import flag, integer
 from ..._core.implicit import Run
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.precision import full_precision
 from ..._core.results import RESULTS
 from ..._linear.known_inverse import known_inverse
@@ -110,10 +110,6 @@ class Eigendecomposition(AbstractDeclarativeNode):
 
     def __call__(self, x: Float[Array, "n n"]) -> Eigenpairs:  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, x)
-
-    def solve(self, x: Float[Array, "n n"]) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution` for one matrix. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, x)
 
     def check(self, x):
         if not eqx.is_array(x) or x.ndim != 2 or x.shape[0] != x.shape[1] or x.size == 0:

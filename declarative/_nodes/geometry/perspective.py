@@ -101,8 +101,8 @@ class PerspectiveNPoint(AbstractDeclarativeNode):
     def __call__(self, points, pixels=None, *, weights=None, intrinsics=None) -> Pose:  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(points, pixels, weights, intrinsics))
 
-    def pack(self, x, pixels=None, weights=None, intrinsics=None):
-        return _pack(x, pixels, weights, intrinsics)
+    def pack(self, points, pixels=None, weights=None, intrinsics=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _pack(points, pixels, weights, intrinsics)
 
     def check(self, x):
         _check(x)

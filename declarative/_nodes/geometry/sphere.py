@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from ..._core.arguments import number
 from ..._core.implicit import LinearSystem, Run, norm
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.dense import Dense
 from ..._linear.lanes import over_lanes
@@ -74,11 +74,10 @@ class SphereLeastSquares(AbstractDeclarativeNode):
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
     def __call__(self, A, b=None, *, weights=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, pack(A, b, weights))
+        return evaluate(self, self.pack(A, b, weights))
 
-    def solve(self, A, b=None, *, weights=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution`; takes the arguments of a call. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, pack(A, b, weights))
+    def pack(self, A, b=None, weights=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return pack(A, b, weights)
 
     def check(self, x):
         check(x, "SphereLeastSquares", one_column=True)

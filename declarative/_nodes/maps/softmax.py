@@ -73,8 +73,8 @@ class Softmax(AbstractDeclarativeNode):
     ) -> Float[Array, " n"]:
         return evaluate(self, self.pack(z, mask))
 
-    def pack(self, x, mask=None):
-        return simplex.pack(x, mask)
+    def pack(self, z, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return simplex.pack(z, mask)
 
     def check(self, x):
         simplex.check(x, "Softmax")

@@ -48,10 +48,9 @@ class RobustPool(AbstractDeclarativeNode):
     | $\alpha$ | `alpha`   | `()` or `(c,)`            | where residuals begin to count less, in the units of `x`    |
     | $w$      | `weights` | of `x`, or of its pooled axes | weights, >= 0                                           |
 
-    **Arguments:** `penalty`; `alpha`, a positive number or an array, which is learnable; `axis`: what is pooled, one axis or several, of which
-                     at most
-    one is left: `RobustPool(axis=(1, 2))` takes (channels, height, width). `start`: see Solver. `throw`, `on_failure`, `max_steps`, `adjoint`: see
-    `Policy` and `ImplicitAdjoint`.
+    **Arguments:** `penalty`; `alpha`, a positive number or an array, which is learnable; `axis`: what is pooled, one axis or several, counted
+    from the front, so that at most one is left: `RobustPool(axis=(1, 2))` takes (channels, height, width). `start`: see Solver. `throw`,
+    `on_failure`, `max_steps`, `adjoint`: see `Policy` and `ImplicitAdjoint`.
     **Call:** `pool(x, weights=None, mask=None)`, float32 or float64 (half precision is computed in float32). What the mask takes out may be
     anything, NaN too. A weight of 0 has a gradient, so its point must be finite.
     **Returns:** `Float[Array, " c"]`, or a scalar if no axis is left. Both moves and scales with the data (if `alpha` does).

@@ -45,7 +45,7 @@ from jaxtyping import Array, Float
 from ..._core.adjoint import AbstractAdjoint, lax_loop
 from ..._core.arguments import integer, number
 from ..._core.implicit import LinearSystem, Run
-from ..._core.node import AbstractDeclarativeNode, Policy, Solution, envelope, evaluate, make_policy
+from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS
 from ..._linear.kkt import KKTOperator, KKTSolver
 from ..._linear.matrix_free import row_norms
@@ -175,13 +175,12 @@ class QuadraticProgram(AbstractDeclarativeNode):
             max_steps = _MAX_STEPS
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 
-    # Blocks by name instead of one pytree `x`: hence the two markers.
+    # Blocks by name instead of one pytree `x`: hence the marker.
     def __call__(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return evaluate(self, _pack(Q, q, A, b, G, h, lower, upper), y0)
+        return evaluate(self, self.pack(Q, q, A, b, G, h, lower, upper), y0)
 
-    def solve(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The `Solution`; takes the arguments of a call, or a `QuadraticProgramData`. Never raises on failure."""
-        return AbstractDeclarativeNode.solve(self, _pack(Q, q, A, b, G, h, lower, upper), y0=y0)
+    def pack(self, Q, q=None, A=None, b=None, G=None, h=None, lower=None, upper=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _pack(Q, q, A, b, G, h, lower, upper)
 
     def check(self, x: QuadraticProgramData):
         _check(x)

@@ -35,6 +35,8 @@ class SecondOrderCone(AbstractSet):
     Not differentiable where $\|z\| = |t|$: on the cone and at the apex the derivative is the identity, on its polar zero.
     """
 
+    fails_as_nan: ClassVar[bool] = False
+
     def run(self, x, max_steps):
         del max_steps
         t, z = x.x[0], x.x[1:]

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from ..._core.implicit import LinearSystem, Run, detach
+from ..._core.implicit import LinearSystem, Run, detach, poison
 from ..._core.precision import full_precision
 from ..._core.results import RESULTS
 from ..._linear.bordered import Bordered, BorderedDiagonal
@@ -51,13 +51,14 @@ class ProjectionPoint(eqx.Module):
 class AbstractSet(eqx.Module):
     """A set to project onto, for `declarative.Projection`. Its parameters are numbers or (learnable) arrays.
 
-    `project(x)` is the bare function: NaN where it fails, no check of a status.
+    `project(x)` is the bare function: NaN where it fails, value and gradient; no status.
     """
 
     takes_mask: ClassVar[bool] = False
     rank: ClassVar[int] = 1  # of what is projected: vectors, or 2 for matrices
     square: ClassVar[bool] = True  # whether these have to be square
     closed_form: ClassVar[bool] = True  # the derivative of `run` is the rule
+    fails_as_nan: ClassVar[bool] = True  # by its arithmetic alone, value and gradient
 
     @abc.abstractmethod
     def run(self, x: ProjectionData, max_steps: int) -> Run:
@@ -91,7 +92,11 @@ class AbstractSet(eqx.Module):
         data = pack(ProjectionData(x.astype(jnp.float32) if _is_half(x) else x, mask))
         check(self, data)
         with full_precision():
-            return self.point(self.run(data, MAX_STEPS).unknown).astype(x.dtype)
+            run = self.run(data, MAX_STEPS)
+            point = self.point(run.unknown)
+            if not self.fails_as_nan:
+                point = point + poison((self, data), run.result == RESULTS.successful).astype(point.dtype)
+            return point.astype(x.dtype)
 
 
 def _is_half(x) -> bool:

@@ -32,6 +32,7 @@ class TransportPolytope(AbstractSet):
 
     rank: ClassVar[int] = 2
     square: ClassVar[bool] = False
+    fails_as_nan: ClassVar[bool] = False
 
     def __init__(self, a: Any, b: Any):
         self.a, self.b = parameter(a, "a", (1,)), parameter(b, "b", (1,))
@@ -54,6 +55,7 @@ class Birkhoff(AbstractSet):
     r"""The doubly stochastic matrices, $\{P \ge 0,\ P1 = 1,\ P^\top 1 = 1\}$: see `TransportPolytope`."""
 
     rank: ClassVar[int] = 2
+    fails_as_nan: ClassVar[bool] = False
 
     def run(self, x, max_steps):
         return _run(x.x, *_ones(x.x), max_steps)

@@ -21,6 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ..._core.adjoint import AbstractAdjoint, PlainLoop
+from ..._core.arguments import number
 from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, detach_tree, norm, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
@@ -81,7 +82,7 @@ class ProximalArgmin(AbstractDeclarativeNode):
         self.prox = prox
         self.solver = solver
         self.adjoint = adjoint
-        self.step_size = step_size
+        self.step_size = None if step_size is None else number(step_size, "step_size")
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
         if isinstance(adjoint, AbstractAdjoint) and adjoint.needs_step and step_size is None:
             raise ValueError(

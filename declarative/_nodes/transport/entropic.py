@@ -84,8 +84,9 @@ class EntropicTransport(AbstractDeclarativeNode):
     row (column) with mass has no allowed pair (with `rho`, its mass is left behind instead), `empty` if there is no mass,
     `nonfinite_data` also for negative masses, or an `epsilon` or `rho` that is not positive; `not_a_solution` where the dtype has too few
     digits: rounding changes an entry of P by about `eps * (max(C) - min(C)) / epsilon` of itself, and more than 3e-3 in float32 (an
-    `epsilon` of about 1e-4 of the range of C), 1e-7 in float64, is refused. `nonlinear_max_steps_reached` also where forbidden pairs leave
-    no plan that is positive on all others, whose potentials would be infinite.
+    `epsilon` of about 1e-4 of the range of C), 1e-7 in float64, is refused. Where forbidden pairs leave no plan that is positive on all
+    others (a triangle of costs) the potentials are infinite: the plan may be found to the dtype's precision all the same; then its gradient
+    fails (`inaccurate_backward`).
     **Reference:** Cuturi 2013, arXiv:1306.0895; Chizat et al. 2018, *Scaling algorithms for unbalanced optimal transport problems*
     (`rho`); Peyré & Cuturi 2019, *Computational Optimal Transport*, section 4; Cuturi et al. 2020, arXiv:2006.02572 (implicit gradients).
     """
@@ -116,8 +117,8 @@ class EntropicTransport(AbstractDeclarativeNode):
     def __call__(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(C, a, b))
 
-    def pack(self, x, a=None, b=None):
-        return _pack(x, a, b)
+    def pack(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _pack(C, a, b)
 
     def check(self, x):
         _check(x)
@@ -131,8 +132,7 @@ class EntropicTransport(AbstractDeclarativeNode):
         return ScaledPotentials(y.rows - rows + t.rows, y.columns - columns - t.columns)
 
     def value(self, y, x):
-        problem = self._problem(x)
-        return problem.row_mass(y.rows)[:, None] * problem.rows(y.columns)[1]
+        return _plan(self._problem(x), y)
 
     def dual(self, y, x):
         problem = self._problem(x)
@@ -298,8 +298,33 @@ class _Problem(eqx.Module):
     def _kept(self, mass, potentials, smallest):
         return mass if self.rho is None else mass * jnp.exp(-(self.epsilon * potentials + smallest) / self.rho)
 
+    def levelled(self, rows: Float[Array, " n"], columns: Float[Array, " m"], scale=1.0):
+        """Both, moved by what makes the masses of rows and columns the same in total; (K1) still holds.
+
+        With `rho`, the objective hardly notices a constant that moves from one to the other: iterations would take long to find it.
+        """
+        if self.rho is None:
+            return rows, columns
+        log_kept = lambda live, mass, potentials, smallest: jax.nn.logsumexp(
+            jnp.where(
+                live,
+                jnp.log(jnp.where(live, mass, 1)) - (self.epsilon * potentials + scale * smallest) / self.rho,
+                -jnp.inf,
+            )
+        )
+        surplus = log_kept(self.live_columns, self.b, columns, self.g) - log_kept(self.live_rows, self.a, rows, self.f)
+        constant = self.rho / (self.epsilon * (1 + self.tau)) * surplus
+        constant = jnp.where(jnp.isfinite(constant), constant, 0)
+        return rows - self.tau * constant, columns + constant
+
     def potentials(self, y: ScaledPotentials) -> ScaledPotentials:
         return ScaledPotentials(self.epsilon * y.rows + self.f, self.epsilon * y.columns + self.g)
+
+    def plan(self, y: ScaledPotentials) -> Float[Array, "n m"]:
+        exponent = y.rows[:, None] + y.columns[None, :] - self.K
+        # Pairs of two without mass may be of any size.
+        scaling = jnp.exp(jnp.minimum(exponent, _highest(exponent.dtype)))
+        return jnp.where(self.allowed, self.a[:, None] * self.b[None, :] * scaling, 0)
 
     def drift(self, y: ScaledPotentials) -> ScaledPotentials:
         """t of (K1)-(K2), for each part, at its rows and columns."""
@@ -354,12 +379,29 @@ def _logs_and_shares(K, allowed, weights, potentials) -> tuple[Float[Array, " n"
     top = jnp.max(jnp.where(live, detach(t), -jnp.inf), axis=1)
     top = _finite(top)
     # Terms without mass may be of any size. They have a derivative in their mass all the same.
-    highest = 60.0 if t.dtype == jnp.float32 else 600.0
-    terms = jnp.where(allowed, weights[None, :] * jnp.exp(jnp.minimum(t - top[:, None], highest)), 0)
+    terms = jnp.where(allowed, weights[None, :] * jnp.exp(jnp.minimum(t - top[:, None], _highest(t.dtype))), 0)
     total = jnp.sum(terms, axis=1)
     some = jnp.any(live, axis=1)
     safe = jnp.where(some, total, 1)
     return jnp.where(some, jnp.log(safe) + top, 0), terms / safe[:, None]
+
+
+def _highest(dtype) -> float:
+    """An exponent that leaves room for sums and products of its exponential."""
+    return 60.0 if dtype == jnp.float32 else 600.0
+
+
+@eqx.filter_custom_jvp
+def _plan(problem: _Problem, y: ScaledPotentials) -> Float[Array, "n m"]:
+    """P, with rows that sum to their mass within rounding."""
+    return problem.row_mass(y.rows)[:, None] * problem.rows(y.columns)[1]
+
+
+@_plan.def_jvp
+def _(primals, tangents):
+    # Of the exponential formula, the same at a solution. The derivative of shares would be a difference of what it has of both potentials, which for
+    # losses like -log P is nothing but rounding: as the right-hand side of a linear solve that has no digits to be judged by.
+    return _plan(*primals), eqx.filter_jvp(lambda problem, y: problem.plan(y), primals, tangents)[1]
 
 
 def _lagrangian(y: ScaledPotentials, bound) -> Float[Array, ""]:
@@ -367,17 +409,15 @@ def _lagrangian(y: ScaledPotentials, bound) -> Float[Array, ""]:
     node, x = bound
     problem = node._problem(x)
     a, b, epsilon = problem.a, problem.b, problem.epsilon
-    exponent = y.rows[:, None] + y.columns[None, :] - problem.K
-    # Pairs of two without mass may be of any size.
-    highest = 60.0 if exponent.dtype == jnp.float32 else 600.0
-    plan = jnp.where(problem.allowed, a[:, None] * b[None, :] * jnp.exp(jnp.minimum(exponent, highest)), 0)
-    entropy = epsilon * (jnp.sum(a) * jnp.sum(b) - jnp.sum(plan))
+    entropy = epsilon * (jnp.sum(a) * jnp.sum(b) - jnp.sum(problem.plan(y)))
     f, g = problem.potentials(y).rows, problem.potentials(y).columns
     if problem.rho is None:
         return a @ f + b @ g + entropy
     # Mass with nowhere to go is left behind: its potential is infinite.
-    left = lambda live, potential: jnp.where(live, -jnp.expm1(-potential / problem.rho), 1)
-    return problem.rho * (a @ left(problem.live_rows, f) + b @ left(problem.live_columns, g)) + entropy
+    left = lambda open, potential: jnp.where(
+        open, -jnp.expm1(jnp.minimum(-potential / problem.rho, _highest(a.dtype))), 1
+    )
+    return problem.rho * (a @ left(problem.open_rows, f) + b @ left(problem.open_columns, g)) + entropy
 
 
 # Solvers
@@ -393,6 +433,7 @@ def _newton(problem: _Problem, max_steps: int):
 
     def semi_dual(scale, gamma, _) -> Evaluation:
         phi, shares = problem.rows(gamma, scale)
+        phi, gamma = problem.levelled(phi, gamma, scale)
         mass, wanted = problem.row_mass(phi, scale), problem.column_mass(gamma, scale)
         plan = mass[:, None] * shares
         got = jnp.sum(plan, axis=0)
@@ -418,6 +459,7 @@ def _newton(problem: _Problem, max_steps: int):
             error=jnp.max(jnp.where(columns, off, 0)),
             rounding=8 * eps * sizes,
             rows=phi,
+            gamma=gamma,
         )
 
     used = problem.allowed & rows[:, None] & columns[None, :]
@@ -449,11 +491,13 @@ def _scaled(problem: _Problem, scale, a, b, active, max_steps: int) -> Optimum:
     def body(state):
         gamma, _, last, _, steps, _ = state
         phi = jnp.where(rows, log(kernel @ (b * jnp.exp(gamma))) - of_rows, 0)
+        phi, gamma = problem.levelled(phi, gamma, scale)
         new = jnp.where(columns, log((a * jnp.exp(phi)) @ kernel) - of_columns, 0)
         error = largest(new - gamma) / tau  # of the logarithms of the masses of the columns
-        done = error <= eps**0.75 + 8 * eps * sizes(phi, gamma)
         slow = ~(error < 0.5 * last) & (steps > 0)
-        return jnp.where(done | slow, gamma, new), phi, error, done, steps + 1, slow
+        done = error <= eps**0.75 + 8 * eps * sizes(phi, gamma)
+        over = slow | (error <= eps)  # not at the tolerance: to the last digit, as Newton's method would
+        return jnp.where(over, gamma, new), phi, error, done, steps + 1, over
 
     zero = jnp.zeros((), a.dtype)
     start = (
@@ -529,10 +573,13 @@ def _linearise(problem: _Problem, y: ScaledPotentials) -> _Linear:
     system = Bipartite(plan, softness * r, softness * c)
     flipped = r.size < c.size
     parts = problem.parts
+    # Blocks of a plan that exchange less than rounding: no cotangent says anything of the potentials of one against the other's, and
+    # solving for them all the same would drown the rest.
+    shift = 8 * float(jnp.finfo(r.dtype).eps)
     factor = (
-        bipartite_factor(system.flipped, None if parts is None else parts.flipped)
+        bipartite_factor(system.flipped, None if parts is None else parts.flipped, shift=shift)
         if flipped
-        else bipartite_factor(system, parts)
+        else bipartite_factor(system, parts, shift=shift)
     )
     tau = jnp.asarray(problem.tau, r.dtype)
     gauge = None if parts is None else problem.gauge
