@@ -1,6 +1,9 @@
 """How a solve can end. Extends optimistix's (which extends lineax's), so any solver's status can be carried unchanged."""
 
+from typing import Any
+
 import optimistix as optx
+from jaxtyping import Array, Bool
 
 
 class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an Enumeration is extended by subclassing)
@@ -66,3 +69,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
         "The backward linear solve met NaN or infinity: the optimality function is not differentiable at the solution, "
         "or the incoming cotangent is not finite."
     )
+
+
+def choose(condition: Bool[Array, ""], one: Any, other: Any) -> Any:
+    """`RESULTS.where` of members. (Its annotations ask for items, which members are at run time only.)"""
+    return RESULTS.where(condition, one, other)

@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .simplex_maps import _column_maxima as column_maxima
-from .simplex_maps import _row_sums as row_sums
-from .simplex_maps import _two_sum as two_sum
+from .rows import column_maxima, row_sums, two_sum
 
 # Newton has met the last piece in 3 to 9 steps on every kind of data tried; from here on every third step halves the bracket.
 _PATIENCE = 8

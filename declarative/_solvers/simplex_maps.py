@@ -40,11 +40,9 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-_Kind = Literal["softmax", "entmax15", "sparsemax", "general"]
+from .rows import column_maxima, row_sums, two_sum
 
-# Shorter rows go without the column maxima of `_starting_point`: for them a pass costs no more than the detour.
-_SHORTEST_ROW_WITH_A_DETOUR = 256
-_PIECES = 8  # of a row, see `_row_sums`; 16 is as fast
+_Kind = Literal["softmax", "entmax15", "sparsemax", "general"]
 
 
 class SimplexMap(NamedTuple):
@@ -99,7 +97,7 @@ def simplex_map(scores: Float[Array, " n"], alpha: int | float | Float[Array, ""
 def _map(kind: _Kind, max_steps: int, scores: Float[Array, " n"], alpha: Float[Array, ""]) -> SimplexMap:
     highest = float(jnp.finfo(scores.dtype).max)
     nan = jnp.full((), jnp.nan, scores.dtype)
-    columns = _column_maxima(scores)
+    columns = column_maxima(scores)
     # Every special value is caught by the maximum, which is needed anyway: no pass over the row looks for them.
     largest = jnp.max(columns)
     if kind == "general":
@@ -153,7 +151,7 @@ def _above_threshold(
     every entry would have the same error, half a unit in the last place of r: more than p itself where p is spread thin
     (a float32 row of 32768 nearly equal scores would sum to 1.001), and $\alpha > 2$ amplifies it without bound.
     """
-    xi, xi_low = _two_sum(delta, -radius * jnp.ones_like(delta))
+    xi, xi_low = two_sum(delta, -radius * jnp.ones_like(delta))
     return (x - xi) - (xi_low + low)
 
 
@@ -178,13 +176,6 @@ def _power(
     log_p = jnp.where(curvature == 0, t, (jnp.log(v) + v_low * reciprocal) / safe)
     p = jnp.where(support, jnp.exp(log_p), 0)
     return p, p * reciprocal
-
-
-def _two_sum(a: Float[Array, ""], b: Float[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """a + b rounded, and the rounding error (Knuth)."""
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,17 +221,6 @@ def _initial(kind: _Kind, alpha: Float[Array, ""], n: int, has_root: Bool[Array,
     return _State(zero, zero, zero, upper, upper, zero - 1, jnp.array(False), jnp.zeros((), jnp.int32), ~has_root)
 
 
-def _column_maxima(scores: Float[Array, " n"]) -> Float[Array, " m"]:
-    """The row itself if it is short; else the row cut into pieces, their elementwise maximum, and what was left over."""
-    n = scores.size
-    if n < _SHORTEST_ROW_WITH_A_DETOUR:
-        return scores
-    pieces = 8 if n < 8192 else 16
-    width = n // pieces
-    columns = jnp.max(scores[: pieces * width].reshape(pieces, width), axis=0)
-    return jnp.concatenate([columns, scores[pieces * width :]])
-
-
 def _starting_point(state: _State, of_columns: _State) -> _State:
     # The left side of (K2) only grows when scores are added, so the root of a subset of the row is a lower bound of the
     # root; and the column maxima miss a supporting score only where two share a column. Solved on them, an eighth of the
@@ -273,31 +253,14 @@ def _sums(
     match kind:
         case "sparsemax":
             p = _exp_alpha(kind, alpha, x, delta, low)
-            mass, size = _row_sums(p, jnp.where(p > 0, one, zero))
+            mass, size = row_sums(p, jnp.where(p > 0, one, zero))
             return _Sums(mass, size, size)
         case "entmax15":
             root_p = jnp.maximum(_above_threshold(2.0, x, delta, low) / 2, 0)
-            return _Sums(*_row_sums(jnp.square(root_p), root_p, jnp.where(root_p > 0, one, zero)))
+            return _Sums(*row_sums(jnp.square(root_p), root_p, jnp.where(root_p > 0, one, zero)))
         case _:
-            mass, slope = _row_sums(*_power(alpha, x, delta, low))
+            mass, slope = row_sums(*_power(alpha, x, delta, low))
             return _Sums(mass, slope, zero)
-
-
-def _row_sums(*terms: Float[Array, " m"]) -> tuple[Float[Array, ""], ...]:
-    """Several sums over a row in one read of it.
-
-    One reduction with several operands, over pieces of the row that are added element by element: XLA's CPU backend
-    vectorises this. Plain sums of expressions that share a term it neither vectorises nor fuses: the term is written to
-    memory and read back by each sum, three to ten times slower. The partial sums also round less than one long sum.
-    """
-    n = terms[0].size
-    if n < 2 * _PIECES:
-        return tuple(jnp.sum(term) for term in terms)
-    width = n // _PIECES
-    pieces = tuple(term[: _PIECES * width].reshape(_PIECES, width) for term in terms)
-    zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
-    partial = jax.lax.reduce(pieces, zeros, lambda x, y: tuple(map(jnp.add, x, y)), (0,))
-    return tuple(jnp.sum(head) + jnp.sum(term[_PIECES * width :]) for head, term in zip(partial, terms, strict=True))
 
 
 def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -> _State:
@@ -350,7 +313,7 @@ def _advance(kind: _Kind, alpha: Float[Array, ""], state: _State, sums: _Sums) -
             bisect = ~done & (stuck | (move <= -below) | (move >= above))
             move = jnp.where(bisect, (above - below) / 2, jnp.where(small, move, jnp.clip(move, -below, above)))
     # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums, so that p sums to 1.
-    delta, low = _two_sum(state.delta, state.low + move)
+    delta, low = two_sum(state.delta, state.low + move)
     return _State(delta, low, below + move, above - move, jnp.abs(move), size, exact, state.steps + 1, done)
 
 
@@ -380,13 +343,13 @@ def _map_jvp(kind: _Kind, max_steps: int, primals: tuple, tangents: tuple) -> tu
     if kind == "softmax":
         d_theta = jnp.sum(v)  # s = p, which sums to one
     else:
-        (total,) = _row_sums(s)
+        (total,) = row_sums(s)
         d_theta = jnp.sum(v) / jnp.where(total > 0, total, 1)
     d_p = v - s * d_theta
     if kind == "general":
         # Where alpha > 2 lets one s_i dominate, its d_p is the difference of close numbers; from 1'dp = 0 it is accurate.
         steepest = jnp.where(s >= jnp.max(s), jnp.ones_like(s), 0)
-        (ties,) = _row_sums(steepest)
+        (ties,) = row_sums(steepest)
         d_p = d_p - steepest * (jnp.sum(d_p) / jnp.where(ties > 0, ties, 1))
     zero_steps, zero_flag = np.zeros((), jax.dtypes.float0), np.zeros((), jax.dtypes.float0)
     return out, SimplexMap(d_p, d_theta, zero_steps, zero_flag, zero_flag)  # pyright: ignore[reportArgumentType]

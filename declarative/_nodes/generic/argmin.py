@@ -25,7 +25,7 @@ from ..._core.arguments import number
 from ..._core.closure import close
 from ..._core.implicit import Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances
 from .root import check_function, check_solver, newton, require_guess
 
@@ -136,7 +136,7 @@ class Argmin(AbstractDeclarativeNode):
             better = self.fn(polished.value, x) <= self.fn(y, x) + slack
             y = jtu.tree_map(lambda new, old: jnp.where(better, new, old), polished.value, y)
             steps = steps + polished.stats["num_steps"]
-        result = RESULTS.where(self._concave(y, x), RESULTS.indefinite, RESULTS.promote(out.result))
+        result = choose(self._concave(y, x), RESULTS.indefinite, RESULTS.promote(out.result))
         found = None if unit is None else unit(y)
         return Run(y, result, steps, rtol=solver_rtol(self.solver), scale=scale, unit=found)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.implicit import LinearSystem, Run, norm
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.dense import Dense, inverse_where
 from ..._linear.norms import largest
 from ..._linear.scaling import power_of_two
@@ -136,8 +136,8 @@ class AnalyticCentre(AbstractDeclarativeNode):
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in data]))
         result = RESULTS.nonlinear_max_steps_reached
         for number, member in _CODES.items():
-            result = RESULTS.where(found.code == number, member, result)  # pyright: ignore
-        result = RESULTS.where(finite, result, RESULTS.nonfinite_data)  # pyright: ignore[reportArgumentType]
+            result = choose(found.code == number, member, result)
+        result = choose(finite, result, RESULTS.nonfinite_data)  # pyright: ignore[reportArgumentType]
         return Run(unknown, result, found.steps, final=True)
 
     # Structure of the gradient

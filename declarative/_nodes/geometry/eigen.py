@@ -25,7 +25,7 @@ from ..._core.arguments import flag, integer
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.precision import full_precision
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.known_inverse import known_inverse
 from ..._linear.lanes import over_lanes
 from ..._linear.norms import largest
@@ -147,8 +147,8 @@ class Eigendecomposition(AbstractDeclarativeNode):
         apart = _distances(spectrum) > tolerance * jnp.max(jnp.abs(spectrum))
         cut = jnp.zeros((), bool) if k == n else _groups(spectrum, tolerance)[k - 1, k]
         unique = ~cut & (jnp.all(apart[:k]) if self.equal == "fail" else True)
-        result = RESULTS.where(unique, RESULTS.successful, RESULTS.not_unique)  # pyright: ignore
-        result = RESULTS.where(jnp.all(jnp.isfinite(x)), result, RESULTS.nonfinite_data)
+        result = choose(unique, RESULTS.successful, RESULTS.not_unique)
+        result = choose(jnp.all(jnp.isfinite(x)), result, RESULTS.nonfinite_data)
         return Run(Eigenpairs(values[:k], vectors[:, :k]), result, factor=(vectors, values))
 
     # Structure of the gradient

@@ -15,7 +15,7 @@ from ..._core.arguments import flag, number
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.precision import full_precision
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.known_inverse import known_inverse
 from ..._linear.lanes import over_lanes
 from ..._linear.norms import largest
@@ -142,8 +142,8 @@ class WeightedLeastSquares(AbstractDeclarativeNode):
         point = LeastSquaresPoint(solution.reshape(x.A.shape[1:] + x.b.shape[1:]), residual.reshape(x.b.shape))
         outside = jnp.any(~(w >= 0)) | ~(ridge >= 0)
         finite = jnp.all(jnp.isfinite(A)) & jnp.all(jnp.isfinite(b)) & jnp.all(jnp.isfinite(w)) & jnp.isfinite(ridge)
-        result = RESULTS.where(regular > 0, RESULTS.successful, RESULTS.not_unique)  # pyright: ignore
-        result = RESULTS.where(finite & ~outside, result, RESULTS.nonfinite_data)
+        result = choose(regular > 0, RESULTS.successful, RESULTS.not_unique)
+        result = choose(finite & ~outside, result, RESULTS.nonfinite_data)
         return Run(point, result, factor=(gain, inverse))
 
     def value(self, y, x):

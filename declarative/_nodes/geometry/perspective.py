@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.norms import largest
 from ..._linear.scaling import power_of_two
 
@@ -135,14 +135,14 @@ class PerspectiveNPoint(AbstractDeclarativeNode):
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(block)) for block in blocks]))
         K = scene.affine
         camera = jnp.abs(K[0, 0] * K[1, 1] - K[0, 1] * K[1, 0]) > 8 * jnp.finfo(K.dtype).eps * largest(K) ** 2
-        result = RESULTS.where(found.done & found.regular, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
+        result = choose(found.done & found.regular, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         taken = (weights > 0)[:, None]
         rounding = 8 * jnp.finfo(K.dtype).eps * largest(jnp.where(taken, x.points, 0))
         apart = largest(jnp.where(taken, fixed.offsets, 0)) * fixed.length > rounding
         enough = (jnp.sum(weights > 0) >= 4) & apart
-        result = RESULTS.where(enough & ~tie & ~found.singular, result, RESULTS.not_unique)
-        result = RESULTS.where(jnp.any(weights > 0), result, RESULTS.empty)
-        result = RESULTS.where(finite & camera & jnp.all(weights >= 0), result, RESULTS.nonfinite_data)
+        result = choose(enough & ~tie & ~found.singular, result, RESULTS.not_unique)
+        result = choose(jnp.any(weights > 0), result, RESULTS.empty)
+        result = choose(finite & camera & jnp.all(weights >= 0), result, RESULTS.nonfinite_data)
         return Run(PosePoint(quaternion, centre), result, found.steps, final=True)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ..._core.arguments import number
 from ..._core.implicit import LinearSystem, Run, norm
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.dense import Dense
 from ..._linear.lanes import over_lanes
 from .least_squares import LeastSquaresData, check, pack, weights_of
@@ -109,9 +109,9 @@ class SphereLeastSquares(AbstractDeclarativeNode):
         found = _on_sphere(rows, right, radius, self.policy.max_steps, loop)
         finite = jnp.all(jnp.isfinite(x.A)) & jnp.all(jnp.isfinite(x.b)) & jnp.isfinite(radius)
         outside = jnp.any(~(w >= 0)) | ~(radius > 0)
-        result = RESULTS.where(found.done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
-        result = RESULTS.where(found.unique, result, RESULTS.not_unique)
-        result = RESULTS.where(finite & ~outside, result, RESULTS.nonfinite_data)
+        result = choose(found.done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+        result = choose(found.unique, result, RESULTS.not_unique)
+        result = choose(finite & ~outside, result, RESULTS.nonfinite_data)
         return Run(SpherePoint(found.direction, found.multiplier / unit), result, found.steps)
 
     # Structure of the gradient

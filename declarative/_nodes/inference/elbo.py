@@ -37,7 +37,7 @@ from ..._core.arguments import integer, number
 from ..._core.closure import close
 from ..._core.implicit import Run, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.norms import largest
 from ..._ode.trees import precision
 from ..._reversible.optimiser import ReversibleSGD
@@ -382,7 +382,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         rho = jnp.asarray(self.rho, dtype)
         good = (rho > 0) & (rho <= (_largest_rho(dtype) if self.mode == "moreau" else float(jnp.finfo(dtype).max)))
         said = RESULTS.successful if run.result is None else run.result
-        result = RESULTS.where(good, said, RESULTS.bad_rho)  # pyright: ignore  (members pass for enum items)
+        result = choose(good, said, RESULTS.bad_rho)
         return eqx.tree_at(lambda run: run.result, run, result, is_leaf=lambda leaf: leaf is None)
 
     def _run(self, x: Evidence, y0: PyTree, loop) -> Run:
@@ -411,7 +411,7 @@ class ELBOOptimizer(AbstractDeclarativeNode):
         """Not a solution of anything: all that can be asked is that its ELBO is a number."""
         finite = jnp.isfinite(self._energy()(y, x))
         failure = RESULTS.steps_diverged if steps else RESULTS.nonfinite
-        result = RESULTS.where(finite, RESULTS.successful, failure)  # pyright: ignore  (members pass for enum items)
+        result = choose(finite, RESULTS.successful, failure)
         return Run(y, result, jnp.asarray(steps, jnp.int32))
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from ..._core.adjoint import lax_loop
 from ..._core.implicit import LinearSystem, Run
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.bordered import Bordered, BorderedDiagonal
 from ..._solvers.simplex_maps import simplex_map
 
@@ -133,8 +133,8 @@ def run(x: Scores, alpha, max_steps: int, loop: Callable, *, shifted: bool) -> R
         return _unrollable(x, alpha, max_steps, loop)
     top = reference(x)
     solution = simplex_map(masked(x) - top if shifted else masked(x), alpha, max_steps)
-    result = RESULTS.where(solution.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
-    result = RESULTS.where(solution.finite, result, RESULTS.nonfinite_data)
+    result = choose(solution.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+    result = choose(solution.finite, result, RESULTS.nonfinite_data)
     # Infinite and empty rows have no multiplier; the optimality system asks for 0 there.
     theta = solution.theta if shifted else solution.theta - top
     theta = jnp.where(jnp.isinf(theta), 0, theta)
@@ -167,7 +167,7 @@ def _unrollable(x: Scores, alpha, max_steps: int, loop: Callable) -> Run:
     start = (theta, jnp.zeros((), jnp.int32), ~regular)
     theta, steps, done = loop(lambda carry: ~carry[2], body, start, max_steps=max_steps)
     point = optimality(SimplexPoint(jnp.zeros_like(z), theta), x, alpha)
-    result = RESULTS.where(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
+    result = choose(done, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
     return Run(SimplexPoint(point.probabilities, theta), result, steps)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from ..._core.arguments import flag
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.chain import Chain, ChainSolver, with_edges
 from ..._solvers.isotonic import inverse_unit, isotonic, relative
 from ..projections.sets import pinned
@@ -118,7 +118,7 @@ class Isotonic(AbstractDeclarativeNode):
     def run(self, x, y0, loop):
         del y0, loop
         found = isotonic(self._sign * x.x, x.weights)
-        result = RESULTS.where(found.good, RESULTS.successful, RESULTS.nonfinite_data)  # pyright: ignore
+        result = choose(found.good, RESULTS.successful, RESULTS.nonfinite_data)
         return Run(IsotonicPoint(self._sign * found.point, found.dual), result)
 
     def value(self, y, x):

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ..._core.arguments import number
 from ..._core.implicit import LinearSystem, Run
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.chain import Chain, ChainSolver, with_edges
 from ..._solvers.isotonic import permutahedron
 from ..projections.sets import pinned
@@ -55,7 +55,7 @@ def order(x: Float[Array, " n"]) -> Int[Array, " n"]:
 
 def run(p: Problem) -> Run:
     found = permutahedron(*p)
-    result = RESULTS.where(found.good, RESULTS.successful, RESULTS.nonfinite_data)  # pyright: ignore
+    result = choose(found.good, RESULTS.successful, RESULTS.nonfinite_data)
     return Run(OrderedPoint(found.point, found.dual), result)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from ..._core.arguments import number
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.scaling import power_of_two
 from ..._solvers import robust_pooling as kernel
 
@@ -123,8 +123,8 @@ def mass(w, rows):
 def status(good, w, result):
     """What is wrong with the data, if anything is; `good`: they are finite."""
     if w is None:
-        return RESULTS.where(good, result, RESULTS.nonfinite_data)  # pyright: ignore
-    result = RESULTS.where(good & jnp.all(w >= 0), result, RESULTS.nonfinite_data)  # pyright: ignore
+        return choose(good, result, RESULTS.nonfinite_data)
+    result = choose(good & jnp.all(w >= 0), result, RESULTS.nonfinite_data)
     # Without weights there is no mean, finite or not.
     none = jnp.any(jnp.all(w == 0, axis=0))
-    return RESULTS.where(none, RESULTS.empty, result)  # pyright: ignore
+    return choose(none, RESULTS.empty, result)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._solvers import robust_pooling as kernel
 from . import points
 from .points import PenaltyName, Points
@@ -129,7 +129,7 @@ class RobustPool(AbstractDeclarativeNode):
         del y0
         penalty, rows, w, alpha = self._columns(x)
         out = kernel.columns(self.penalty, rows, w, alpha, start=self.start, max_steps=self.policy.max_steps, loop=loop)
-        result = RESULTS.where(out.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
+        result = choose(out.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         result = points.status(out.finite, w, result)
         z = kernel.scaled(out.centre, rows, alpha)
         # The mean pull: what rounding of the data does to (K1).

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from ..._core.implicit import Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._solvers import robust_pooling as kernel
 from . import points
 from .points import PenaltyName, Points
@@ -112,7 +112,7 @@ class RobustVectorPool(AbstractDeclarativeNode):
         del y0
         penalty, rows, w, alpha = self._rows(x)
         out = kernel.vector(self.penalty, rows, w, alpha, start=self.start, max_steps=self.policy.max_steps, loop=loop)
-        result = RESULTS.where(out.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
+        result = choose(out.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
         # The mean pull: what rounding of the data does to (K1).
         pull = (
             alpha * jnp.sum(jnp.abs(kernel.pulls(penalty, out.centre, rows, w, alpha)), axis=0) / points.mass(w, rows)

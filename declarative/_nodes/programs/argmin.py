@@ -39,7 +39,7 @@ from ..._core.adjoint import AbstractAdjoint
 from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, norm, solve_system
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.norms import largest
 from ..._linear.saddle import Saddle, SaddleSolver
 from ..._solvers import augmented_lagrangian as algorithm
@@ -233,7 +233,7 @@ class ConstrainedArgmin(AbstractDeclarativeNode):
             answer = algorithm.recover(objective, constraints, p, vector, self.solver.rtol, loop)
         result: Any = RESULTS.successful
         for number, member in _CODES.items():
-            result = RESULTS.where(answer.code == number, member, result)  # pyright: ignore[reportArgumentType]
+            result = choose(answer.code == number, member, result)  # pyright: ignore[reportArgumentType]
         found = LagrangePoint(unravel(answer.y), *split(answer.multipliers))
         rtol = None if self.solver is None else self.solver.rtol
         return Run(found, result, answer.steps, rtol=rtol, scale=answer.length, final=True)

@@ -46,7 +46,7 @@ from ..._core.adjoint import AbstractAdjoint, lax_loop
 from ..._core.arguments import integer, number
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.kkt import KKTOperator, KKTSolver
 from ..._linear.matrix_free import row_norms
 from ..._linear.norms import largest
@@ -591,5 +591,5 @@ def _by_splitting(node, x, A, G, bounded: bool, guess, residual, coefficients, l
 def _result(code):
     result: Any = RESULTS.successful
     for value, member in _CODES.items():
-        result = RESULTS.where(code == value, member, result)
+        result = choose(code == value, member, result)
     return result

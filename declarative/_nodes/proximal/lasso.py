@@ -12,7 +12,7 @@ from ..._core.adjoint import AbstractAdjoint
 from ..._core.arguments import integer
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._core.tolerances import tolerances
 from ..._linear.support import GramSolver, GramSystem, buffer
 from ..._solvers.lasso import Penalised, lasso, on_support
@@ -163,9 +163,9 @@ class Lasso(AbstractDeclarativeNode):
         good = jnp.all(jnp.isfinite(x.X)) & jnp.all(jnp.isfinite(x.y)) & weights_good
         k = self._room(x)
         found = lasso(problem, k, self.policy.max_steps, tolerances(x.y.dtype).solver)
-        result = RESULTS.where(found.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
-        result = RESULTS.where(jnp.sum(_support(found.beta, x)) > k, RESULTS.support_overflow, result)
-        result = RESULTS.where(good, result, RESULTS.nonfinite_data)
+        result = choose(found.converged, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+        result = choose(jnp.sum(_support(found.beta, x)) > k, RESULTS.support_overflow, result)
+        result = choose(good, result, RESULTS.nonfinite_data)
         return Run(found.beta, result, found.steps)
 
     def linear_system(self, y, x, factor):

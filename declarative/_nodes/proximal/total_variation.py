@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.chain import Chain, ChainSolver
 from ..._solvers.total_variation import total_variation, with_edges
 
@@ -124,7 +124,7 @@ class TotalVariation(AbstractDeclarativeNode):
         weights = _weights(x)
         found = total_variation(x.signal, weights)
         good = jnp.all(jnp.isfinite(x.signal)) & jnp.all(weights >= 0)
-        result = RESULTS.where(good, RESULTS.successful, RESULTS.nonfinite_data)  # pyright: ignore
+        result = choose(good, RESULTS.successful, RESULTS.nonfinite_data)
         # Of a signal that is zero, what counts is the data's size; of a constant one, (K2) is about u, which vanishes.
         return Run(TotalVariationPoint(found.signal, found.dual), result, found.blocks.passes)
 

@@ -15,7 +15,7 @@ from ..._core.adjoint import lax_loop
 from ..._core.arguments import number
 from ..._core.implicit import Run, detach, detach_tree
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
-from ..._core.results import RESULTS
+from ..._core.results import RESULTS, choose
 from ..._linear.bipartite import Bipartite, BipartiteFactor, Components, bipartite_factor, components, inverse
 from ..._linear.known_inverse import known_inverse
 from ..._linear.norms import largest
@@ -159,13 +159,13 @@ class EntropicTransport(AbstractDeclarativeNode):
         )
         # Rounding enters P by the exponent, so that the error of a marginal is absolute there: too large, and the plan is not the one asked for.
         accurate = (error <= 10 * eps**0.5) & (2 * eps * potentials <= 10 * eps**0.5)
-        result = RESULTS.where(converged | accurate, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)  # pyright: ignore
-        result = RESULTS.where(converged & ~accurate, RESULTS.not_a_solution, result)  # pyright: ignore
+        result = choose(converged | accurate, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+        result = choose(converged & ~accurate, RESULTS.not_a_solution, result)
         if self.rho is None:
-            result = RESULTS.where(problem.feasible, result, RESULTS.infeasible)  # pyright: ignore
+            result = choose(problem.feasible, result, RESULTS.infeasible)
             mass = jnp.any(problem.a > 0) | jnp.any(problem.b > 0)
-            result = RESULTS.where(mass, result, RESULTS.empty)  # pyright: ignore
-        result = RESULTS.where(self._in_domain(x), result, RESULTS.nonfinite_data)  # pyright: ignore
+            result = choose(mass, result, RESULTS.empty)
+        result = choose(self._in_domain(x), result, RESULTS.nonfinite_data)
         # A change of 1 in phi is a factor e in a row of P.
         one = jnp.ones((), x.C.dtype)
         return Run(y, result, steps, scale=one, unit=one, final=True)
