@@ -125,8 +125,9 @@ def poison(data: PyTree, ok: Bool[Array, ""]) -> Float[Array, ""]:
 @poison.def_jvp
 def _(primals, tangents):
     value = poison(*primals)
-    moved = [jnp.sum(leaf * value.astype(leaf.dtype)) for leaf in jtu.tree_leaves(tangents[0])]
-    return value, sum((change.astype(value.dtype) for change in moved), jnp.zeros_like(value))
+    # Any sum over all entries will do that does not overflow. Before the product: the data of a batch may be shared, the value is not.
+    moved = [jnp.sum(leaf / max(leaf.size, 1)) for leaf in jtu.tree_leaves(tangents[0])]
+    return value, sum((value * change.astype(value.dtype) for change in moved), jnp.zeros_like(value))
 
 
 def detach(leaf):
