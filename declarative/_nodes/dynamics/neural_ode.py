@@ -186,7 +186,7 @@ class NeuralODE(AbstractDeclarativeNode):
     def modes(self) -> frozenset[str]:
         return modes(self._adjoint())
 
-    def pack(self, y0, args=None, ts=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, y0, args=None, ts=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         y0 = y0 if isinstance(y0, InitialValue) else InitialValue(y0, args, ts)
         return y0 if y0.ts is None else InitialValue(y0.y0, y0.args, jnp.asarray(y0.ts))
 

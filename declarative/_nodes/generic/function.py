@@ -26,7 +26,7 @@ class ImplicitFunction(AbstractDeclarativeNode):
         # Overrides the base class's call to spread the data, as a plain function takes them.
         return evaluate(self, args)
 
-    def solve(self, *args: PyTree) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def solve(self, *args: PyTree) -> Solution:  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         """The `Solution`; takes the arguments of a call. Does not raise when the solve fails: read `result`."""
         return super().solve(args)
 

@@ -85,7 +85,7 @@ class AnalyticCentre(AbstractDeclarativeNode):
     def __call__(self, G, h=None, *, A=None, b=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(G, h, A, b), y0)
 
-    def pack(self, G, h=None, A=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, G, h=None, A=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return _pack(G, h, A, b)
 
     def check(self, x):
@@ -137,7 +137,7 @@ class AnalyticCentre(AbstractDeclarativeNode):
         result = RESULTS.nonlinear_max_steps_reached
         for number, member in _CODES.items():
             result = choose(found.code == number, member, result)
-        result = choose(finite, result, RESULTS.nonfinite_data)  # pyright: ignore[reportArgumentType]
+        result = choose(finite, result, RESULTS.nonfinite_data)
         return Run(unknown, result, found.steps, final=True)
 
     # Structure of the gradient

@@ -98,7 +98,7 @@ class WeightedLeastSquares(AbstractDeclarativeNode):
     def __call__(self, A, b=None, *, weights=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(A, b, weights))
 
-    def pack(self, A, b=None, weights=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, A, b=None, weights=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return pack(A, b, weights)
 
     def check(self, x):

@@ -101,7 +101,7 @@ class PerspectiveNPoint(AbstractDeclarativeNode):
     def __call__(self, points, pixels=None, *, weights=None, intrinsics=None) -> Pose:  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(points, pixels, weights, intrinsics))
 
-    def pack(self, points, pixels=None, weights=None, intrinsics=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, points, pixels=None, weights=None, intrinsics=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return _pack(points, pixels, weights, intrinsics)
 
     def check(self, x):

@@ -69,7 +69,7 @@ class Entmax(AbstractDeclarativeNode):
     ) -> Float[Array, " n"]:
         return evaluate(self, self.pack(z, mask))
 
-    def pack(self, z, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, z, mask=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return simplex.pack(z, mask)
 
     def check(self, x):

@@ -233,7 +233,7 @@ class ConstrainedArgmin(AbstractDeclarativeNode):
             answer = algorithm.recover(objective, constraints, p, vector, self.solver.rtol, loop)
         result: Any = RESULTS.successful
         for number, member in _CODES.items():
-            result = choose(answer.code == number, member, result)  # pyright: ignore[reportArgumentType]
+            result = choose(answer.code == number, member, result)
         found = LagrangePoint(unravel(answer.y), *split(answer.multipliers))
         rtol = None if self.solver is None else self.solver.rtol
         return Run(found, result, answer.steps, rtol=rtol, scale=answer.length, final=True)

@@ -179,7 +179,7 @@ class QuadraticProgram(AbstractDeclarativeNode):
     def __call__(self, Q, q=None, *, A=None, b=None, G=None, h=None, lower=None, upper=None, y0=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(Q, q, A, b, G, h, lower, upper), y0)
 
-    def pack(self, Q, q=None, A=None, b=None, G=None, h=None, lower=None, upper=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, Q, q=None, A=None, b=None, G=None, h=None, lower=None, upper=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return _pack(Q, q, A, b, G, h, lower, upper)
 
     def check(self, x: QuadraticProgramData):

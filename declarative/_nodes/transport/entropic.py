@@ -117,7 +117,7 @@ class EntropicTransport(AbstractDeclarativeNode):
     def __call__(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return evaluate(self, self.pack(C, a, b))
 
-    def pack(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pack(self, C, a=None, b=None):  # pyright: ignore[reportIncompatibleMethodOverride]  (the names of a call)
         return _pack(C, a, b)
 
     def check(self, x):
