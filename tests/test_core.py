@@ -380,7 +380,7 @@ def test_misuse_is_named():
     with pytest.raises(ValueError, match="shape of the unknown"):
         dn.Root(lambda y, x: jnp.sum(y) - x, solver=optx.LevenbergMarquardt(1e-8, 1e-8))(1.0, y0=jnp.zeros(2))
     with pytest.raises((ValueError, TypeCheckError), match="solver"):
-        dn.FixedPoint(lambda y, x: y, dn.Anderson)  # pyright: ignore[reportArgumentType]
+        dn.FixedPoint(lambda y, x: y, dn.Anderson)  # pyright: ignore[reportArgumentType]  (what is tested)
     with pytest.raises((ValueError, TypeCheckError), match="on_failure"):
         dn.Policy(on_failure="ignore")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="max_steps"):

@@ -414,8 +414,8 @@ def _lagrangian(y: ScaledPotentials, bound) -> Float[Array, ""]:
     if problem.rho is None:
         return a @ f + b @ g + entropy
     # Mass with nowhere to go is left behind: its potential is infinite.
-    left = lambda open, potential: jnp.where(
-        open, -jnp.expm1(jnp.minimum(-potential / problem.rho, _highest(a.dtype))), 1
+    left = lambda usable, potential: jnp.where(
+        usable, -jnp.expm1(jnp.minimum(-potential / problem.rho, _highest(a.dtype))), 1
     )
     return problem.rho * (a @ left(problem.open_rows, f) + b @ left(problem.open_columns, g)) + entropy
 
@@ -499,16 +499,9 @@ def _scaled(problem: _Problem, scale, a, b, active, max_steps: int) -> Optimum:
         over = slow | (error <= eps)  # not at the tolerance: to the last digit, as Newton's method would
         return jnp.where(over, gamma, new), phi, error, done, steps + 1, over
 
-    zero = jnp.zeros((), a.dtype)
-    start = (
-        jnp.zeros_like(b),
-        jnp.zeros_like(a),
-        zero + jnp.inf,
-        ~active,
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), bool),
-    )
-    go_on = lambda state: ~state[3] & ~state[5] & (state[4] < max_steps)
+    infinite, no = jnp.full((), jnp.inf, a.dtype), jnp.zeros((), bool)
+    start = (jnp.zeros_like(b), jnp.zeros_like(a), infinite, no, jnp.zeros((), jnp.int32), ~active)
+    go_on = lambda state: ~state[5] & (state[4] < max_steps)
     gamma, phi, error, done, steps, _ = jax.lax.while_loop(go_on, body, start)
     return Optimum(jnp.where(jnp.isfinite(gamma), gamma, 0), phi, error, steps, done & active)
 
