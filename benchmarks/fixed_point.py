@@ -36,6 +36,7 @@ import numpy as np
 import optimistix as optx
 
 import declarative as dn
+from declarative._solvers.accelerated import accelerate
 
 from .shared import machine, versions
 
@@ -126,12 +127,13 @@ def ours(solver: Callable[[float], Any], root: bool = False):
     def solve(problem: Map, steps: int):
         W, u, y0 = _arrays(problem)
         fn = _one(problem)
-        find = optx.root_find if root else optx.fixed_point
-        target = (lambda y, p: fn(y, p) - y) if root else fn
 
         def one(y0, u, W):
-            out = find(target, solver(0.0), y0, (W, u), max_steps=steps, throw=False)
-            return out.value
+            if root:
+                target = lambda y, p: fn(y, p) - y
+                return optx.root_find(target, solver(0.0), y0, (W, u), max_steps=steps, throw=False).value
+            # What `FixedPoint` runs, without its judgement, which makes NaN of what did not meet a tolerance.
+            return accelerate(solver(0.0), fn, y0, (W, u), steps).y
 
         return _ready(jax.jit(jax.vmap(one, in_axes=(0, 0, None))), y0, u, W)
 

@@ -105,7 +105,8 @@ def test_the_inverse_that_broyden_leaves():
     solver = dn.Broyden(1e-12, 0.0)
     node = dn.FixedPoint(affine, solver, dn.QuasiNewtonAdjoint(), throw=False)
     state = optx.fixed_point(affine, solver, jnp.zeros(N), x, max_steps=1000).state
-    H = -np.eye(N) + np.asarray(state.us).T @ np.asarray(state.vs)
+    us, vs = solver.inverse(state.memory)
+    H = -np.eye(N) + np.asarray(us).T @ np.asarray(vs)
     found, _ = gradient(node, x)
     np.testing.assert_allclose(found, -H.T @ c, rtol=1e-9, atol=1e-12)
     forward = jax.jvp(lambda u: node((x[0], u), y0=jnp.zeros(N)), (x[1],), (c,))[1]

@@ -26,7 +26,7 @@ def symmetric(n, radius, key):
 def test_an_affine_map_of_few_dimensions_is_solved_by_the_differences(getkey):
     W, b = 0.9 * jr.normal(getkey(), (4, 4)), jr.normal(getkey(), (4,))
     exact = jnp.linalg.solve(jnp.eye(4) - W, b)
-    value, steps, found = solve(lambda y, _: W @ y + b, dn.Anderson(1e-9, 0.0, ridge=0.0), jnp.zeros(4))
+    value, steps, found = solve(lambda y, _: W @ y + b, dn.Anderson(1e-9, 0.0), jnp.zeros(4))
     assert found
     assert steps <= 4 + 3  # one difference for each dimension, one step to see it
     np.testing.assert_allclose(value, exact, rtol=1e-8)
@@ -118,8 +118,70 @@ def test_gradients_through_the_node(kind, adjoint):
         np.testing.assert_allclose(a, c, atol=1e-8)
 
 
+def test_three_differences_of_a_symmetric_map_do_what_all_would():
+    W, b = symmetric(60, 0.99, jr.key(0)), jr.normal(jr.key(1), (60,))
+    steps = [int(solve(lambda y, _: W @ y + b, dn.Anderson(1e-9, 0.0, history=m), 0 * b)[1]) for m in (2, 3, 60)]
+    assert steps[1] == steps[2] < 60
+    assert steps[0] > 1.5 * steps[1]
+
+
+@BOTH
+def test_a_batch_in_one_loop_is_its_examples_alone(kind):
+    """Two axes of a batch, one of them of the weights alone, and lanes that end at different steps or not at all."""
+    Ws = jnp.stack([symmetric(10, radius, jr.key(i)) for i, radius in enumerate((0.1, 0.95, 3.0))])
+    bs = jr.normal(jr.key(9), (2, 10)).at[1, 0].set(jnp.nan)
+    node = dn.FixedPoint(lambda y, x: jnp.tanh(x[0] @ y) + x[1], kind(1e-10, 0.0), max_steps=25, throw=False)
+    one = lambda W, b: node.solve((W, b), y0=jnp.zeros(10))
+    together = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(Ws, bs)
+    for i, W in enumerate(Ws):
+        for j, b in enumerate(bs):
+            alone, lane = one(W, b), jax.tree.map(lambda leaf, at=(i, j): leaf[at], together)
+            assert lane.result == alone.result
+            assert lane.stats["steps"] == alone.stats["steps"]
+            np.testing.assert_allclose(lane.value, alone.value, rtol=1e-9, atol=1e-9)
+    assert together.stats["steps"][0, 0] < together.stats["steps"][1, 0]
+
+
+@BOTH
+def test_the_node_does_what_optimistix_does(kind):
+    W, b = symmetric(20, 0.9, jr.key(0)), jr.normal(jr.key(1), (20,))
+    fn, solver = lambda y, x: x[0] @ y + x[1], kind(1e-11, 0.0)
+    found = dn.FixedPoint(fn, solver, max_steps=100).solve((W, b), y0=0 * b)
+    value, steps, _ = solve(fn, solver, 0 * b, (W, b))
+    assert found.stats["steps"] == steps
+    np.testing.assert_allclose(found.value, value, rtol=1e-12, atol=1e-12)
+
+
+def test_maps_that_talk_to_other_lanes_or_to_the_host():
+    """Their lanes go through JAX's own loop, which knows the name of the axis."""
+    mean = lambda y, x: 0.5 * jnp.cos(y - jax.lax.pmean(y, "batch")) + x
+    node = dn.FixedPoint(mean, dn.Anderson(), max_steps=50)
+    x = jnp.array([[0.1], [0.7], [-2.0]])
+    y = jax.vmap(lambda x: node(x, y0=jnp.zeros(1)), axis_name="batch")(x)
+    np.testing.assert_allclose(y, 0.5 * jnp.cos(y - jnp.mean(y)) + x, atol=1e-8)
+
+    seen = []
+
+    def watched(y, x):
+        jax.debug.callback(lambda _: seen.append(1), y)
+        return jnp.cos(y) * x
+
+    dn.FixedPoint(watched, dn.Anderson())(jnp.array([0.5]), y0=jnp.zeros(1)).block_until_ready()
+    jax.effects_barrier()
+    assert seen
+
+
+@BOTH
+def test_more_room_than_steps_is_not_taken(kind):
+    W, b = symmetric(6, 0.5, jr.key(0)), jr.normal(jr.key(1), (6,))
+    node = dn.FixedPoint(lambda y, x: x[0] @ y + x[1], kind(1e-10, 0.0, history=1000), max_steps=30)
+    program = jax.jit(lambda W, b: node((W, b), y0=0 * b)).lower(W, b).as_text()
+    assert "tensor<30x6x" in program
+    assert "tensor<1000x6x" not in program
+
+
 def test_settings_are_checked():
-    for name, value in (("history", 0), ("ridge", -1.0), ("growth", 0.5)):
+    for name, value in (("history", 0), ("growth", 0.5)):
         with pytest.raises(ValueError, match=name):
             dn.Anderson(1e-6, 1e-6, **{name: value})  # pyright: ignore[reportArgumentType]  (wrong on purpose)
     with pytest.raises(ValueError, match="history"):

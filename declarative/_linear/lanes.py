@@ -42,6 +42,27 @@ def over_lanes(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     Under `vmap`, an array that is the same for all lanes is not copied for each.
     """
+
+    def lane_by_lane(laned, *arrays):
+        if not any(laned):
+            return kernel(*arrays)
+
+        def one(lane):
+            rest = iter(lane)
+            return kernel(*(next(rest) if has else array for array, has in zip(arrays, laned, strict=True)))
+
+        lanes = tuple(array for array, has in zip(arrays, laned, strict=True) if has)
+        one_by_one = lambda *lanes: jax.lax.map(one, lanes)
+        return jax.lax.platform_dependent(*lanes, cpu=one_by_one, default=jax.vmap(lambda *lane: one(lane)))
+
+    return one_loop(lane_by_lane)
+
+
+def one_loop(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays whose batch is up to `kernel(laned, *arrays)`. It is not differentiated: give it a rule.
+
+    `laned` says which of the arrays have a leading axis of lanes: none of them outside of `vmap`. However deep the `vmap`, it is one axis.
+    """
     # A batching rule traces the kernel anew, in a backward pass after the node's call is over: full precision has to travel with it.
     return lambda *arrays: _with_axes(full_precision()(kernel), (), (False,) * len(arrays))(*arrays)
 
@@ -52,19 +73,12 @@ def _with_axes(kernel: Callable[..., Any], batch: tuple[int, ...], laned: tuple[
 
     @custom_vmap
     def run(*arrays):
-        if not batch:
-            return kernel(*arrays)
-        lanes = tuple(
-            array.reshape(prod(batch), *array.shape[depth:]) for array, has in zip(arrays, laned, strict=True) if has
-        )
-
-        def one(lane):
-            rest = iter(lane)
-            return kernel(*(next(rest) if has else array for array, has in zip(arrays, laned, strict=True)))
-
-        one_by_one = lambda *lanes: jax.lax.map(one, lanes)
-        out = jax.lax.platform_dependent(*lanes, cpu=one_by_one, default=jax.vmap(lambda *lane: one(lane)))
-        return jtu.tree_map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out)
+        lanes = [
+            array.reshape(prod(batch), *array.shape[depth:]) if has else array
+            for array, has in zip(arrays, laned, strict=True)
+        ]
+        out = kernel(laned, *lanes)
+        return jtu.tree_map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out) if batch else out
 
     @run.def_vmap
     def _(size, in_batched, *arrays):

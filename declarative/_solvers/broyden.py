@@ -11,7 +11,7 @@ $H = -I + \sum_i u_i v_i^\top$ is kept as the last m pairs. How it differs from 
 - s and $\Delta g$ are divided by the length of s, so that u and v are numbers near 1 at every scale.
 - The pair that is to be replaced is dropped before the new one is computed, so that the secant equation holds for the H that is used.
 - A pair with $|s^\top H\Delta g|$ below a thousandth of $\|s\|\|H\Delta g\|$ would make H nearly singular: it is not learnt.
-- Extrapolations that fail are taken back, and the best point is what a solve that runs out of steps returns: see `safeguard.py`.
+- Extrapolations that fail are taken back, and the best point is what a solve that runs out of steps returns: see `accelerated.py`.
 
 Every example of a batch (`jax.vmap`) has its own H and its own restarts.
 
@@ -24,23 +24,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optimistix as optx
-from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from .._core.implicit import norm
-from .._linear.norms import largest
-from .safeguard import Progress, begin, check_settings, reciprocal_length, require_tolerances
+from .._linear.norms import finite_largest
+from .accelerated import AbstractAccelerated, reciprocal_length
 
 
-class _State(eqx.Module):
-    progress: Progress
-    # The pairs of (1); row `count % m` is the next to be replaced.
+class _Memory(eqx.Module):
+    # The pairs of (1), and which of them count.
     us: Float[Array, "m n"]
     vs: Float[Array, "m n"]
-    count: Int[Array, ""]
+    known: Bool[Array, " m"]
 
 
-class Broyden(optx.AbstractFixedPointSolver):
+class Broyden(AbstractAccelerated):
     """Broyden's method; for `FixedPoint(fn, solver=Broyden(rtol, atol))` or `optimistix.fixed_point`.
 
     - `rtol`, `atol`: it stops where the largest entry of `fn(y) - y` is at most `rtol * max|fn(y)| + atol`, and returns `fn(y)`.
@@ -56,52 +54,31 @@ class Broyden(optx.AbstractFixedPointSolver):
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
-    def __check_init__(self):
-        check_settings(self.rtol, self.atol, self.history, self.growth)
+    def memory(self, vector):
+        rows = jnp.zeros((self.history, vector.size), vector.dtype)
+        return _Memory(rows, rows, jnp.zeros(self.history, bool))
 
-    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
-        del fn, args, options, f_struct, aux_struct, tags
-        require_tolerances(self)
-        progress = begin(y)
-        rows = jnp.zeros((self.history, progress.y.size), progress.y.dtype)
-        return _State(progress, rows, rows, jnp.zeros((), jnp.int32))
+    def extrapolate(self, memory, step):
+        g, stay = step.change, memory.known & ~step.here
+        # The step that was made, y - y_before.
+        made = (step.value - g) - (step.before.value - step.before.change)
+        scale = reciprocal_length(made, jax.lax.stop_gradient(finite_largest(made)))
+        s, change = scale * made, scale * (g - step.before.change)
 
-    def step(self, fn, y, args, options, state, tags):
-        del options, tags
-        vector, unravel = ravel_pytree(y)
-        new, aux = fn(y, args)
-        value, _ = ravel_pytree(new)
-        before, g = state.progress, value - vector
-        progress, lost = before.advance(vector, value, self.rtol, self.atol, self.growth)
-
-        slot = jnp.arange(self.history, dtype=jnp.int32) == state.count % self.history
-        dropped = lambda coefficients: jnp.where(slot, 0, coefficients)
-        difference = vector - before.y
-        scale = reciprocal_length(difference, jax.lax.stop_gradient(largest(difference)))
-        s, change = scale * difference, scale * (g - (before.value - before.y))
         # H of the pairs that stay, applied to `change` from the left and to `s` from the right.
-        image = dropped(state.vs @ change) @ state.us - change
-        row = dropped(state.us @ s) @ state.vs - s
-        pivot = s @ image
-        sound = jnp.abs(pivot) > 1e-3 * jax.lax.stop_gradient(norm(image))
-        learnt = before.started & ~lost & sound
-        u = (s - image) / jnp.where(sound, pivot, 1)
+        image = jnp.where(stay, memory.vs @ change, 0) @ memory.us - change
+        row = jnp.where(stay, memory.us @ s, 0) @ memory.vs - s
+        pivot = row @ change
+        least = jnp.maximum(1e-3 * norm(image), jnp.finfo(g.dtype).tiny / jnp.finfo(g.dtype).eps)
+        sound = jnp.abs(pivot) > jax.lax.stop_gradient(least)
+        learnt = step.learn & sound
+        # `us` and `vs` are read for both rows before either is written, else XLA copies them, to have them as they were.
+        us = step.put(memory.us, (s - image) / jnp.where(sound, pivot, 1), learnt)
+        vs = step.put(memory.vs, row, learnt)
+        known = jnp.where(step.learn, stay | step.here & learnt, memory.known)
+        following = step.value - jnp.where(known, vs @ g, 0) @ us
+        return following, _Memory(us, vs, known & ~step.lost)
 
-        # Beside the stored pairs, not through them: see `anderson.py`.
-        put = slot & learnt
-        newest = jnp.where(learnt, row @ g, 0)
-        following = value - (jnp.where(put, 0, state.vs @ g) @ state.us + newest * u)
-        following = jnp.where(lost, before.value, following)
-
-        learn = lambda rows, row: jnp.where(lost, 0, jnp.where(put[:, None], row[None], rows))
-        count = jnp.where(lost, 0, state.count + learnt.astype(jnp.int32))
-        state = _State(progress, learn(state.us, u), learn(state.vs, row), count)
-        return unravel(jnp.where(progress.settled, value, following)), state, aux
-
-    def terminate(self, fn, y, args, options, state, tags):
-        del fn, y, args, options, tags
-        return state.progress.settled, optx.RESULTS.successful
-
-    def postprocess(self, fn, y, aux, args, options, state, tags, result):
-        del fn, args, options, tags, result
-        return state.progress.best_of(y), aux, {}
+    def inverse(self, memory):
+        """(u, v) of what was learnt; see (1)."""
+        return jnp.where(memory.known[:, None], memory.us, 0), memory.vs

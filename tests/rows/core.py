@@ -158,6 +158,19 @@ ROWS = [
         failures={"nonlinear_max_steps_reached": (-30 * jnp.eye(4), jr.normal(jr.key(3), (40,)))},
         fast=False,
     ),
+    *(
+        Row(
+            kind.__name__.lower(),
+            lambda kind=kind, **kw: dn.FixedPoint(contraction, kind(), **{"max_steps": 60, **kw}),
+            (WEIGHT, BIAS),
+            y0=jnp.zeros(4),
+            reference=picard_reference,
+            failures={"nonlinear_max_steps_reached": (jnp.kron(jnp.eye(2), jnp.array([[0.0, 30], [-30, 0]])), BIAS)},
+            adjoints=(None, dn.UnrolledAdjoint()),
+            fast=False,
+        )
+        for kind in (dn.Anderson, dn.Broyden)
+    ),
     Row(
         "root",
         lambda **kw: dn.Root(cubic, **{"max_steps": 40, **kw}),

@@ -20,15 +20,16 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from ..._core.adjoint import PlainLoop, QuasiNewtonAdjoint
+from ..._core.adjoint import PlainLoop, QuasiNewtonAdjoint, lax_loop
 from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
+from ..._core.results import RESULTS, choose
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
 from ..._linear.biconjugate import NearIdentity, NearIdentityState
+from ..._solvers.accelerated import AbstractAccelerated, accelerate, with_tolerances
 from ..._solvers.broyden import Broyden
 from ..._solvers.picard import Picard
-from ..._solvers.safeguard import with_tolerances
 from .root import check_function, check_shape, check_solver, require_guess
 
 _SMALL = 32  # unknowns up to which elimination is the shorter way
@@ -108,11 +109,18 @@ class FixedPoint(AbstractDeclarativeNode):
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
         own = tol.solver, zero_tolerance(tol.solver) * scale
         solver = Picard(*own) if self.solver is None else with_tolerances(self.solver, *own)
-        out = optx.fixed_point(
-            self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
-        )
-        inverse = (out.state.us, out.state.vs) if isinstance(solver, Broyden) else None
-        return Run(out.value, out.result, out.stats["num_steps"], inverse, rtol=solver_rtol(self.solver), scale=scale)
+        fn, most = close(self.fn, y0, x), self.policy.max_steps
+        # What `fn` does besides (communication between lanes by their axis name, callbacks) is for JAX's own loop.
+        if isinstance(solver, AbstractAccelerated) and loop is lax_loop and not fn.trace.jaxpr.effects:
+            out = accelerate(solver, fn, y0, x, most)
+            result = choose(out.settled, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+            value, steps, memory = out.y, out.steps, out.memory
+        else:
+            out = optx.fixed_point(fn, solver, y0, x, max_steps=most, adjoint=PlainLoop(loop), throw=False)
+            value, result, steps = out.value, out.result, out.stats["num_steps"]
+            memory = out.state.memory if isinstance(solver, AbstractAccelerated) else None
+        inverse = solver.inverse(memory) if isinstance(solver, Broyden) else None
+        return Run(value, result, steps, inverse, rtol=solver_rtol(self.solver), scale=scale)
 
     def linear_system(self, y, x, factor):
         vector, unravel = ravel_pytree(y)

@@ -1,0 +1,242 @@
+r"""What accelerated fixed-point solvers share: when an extrapolation is taken back, what is kept as the best point, and the loop of a batch.
+
+An extrapolation after which $\|T(y) - y\|$ is more than `growth` times the least since the last restart, or not finite, is taken back: what
+the solver has learnt is forgotten, and $y \leftarrow T(y)$ is done from the point before. It can leave the domain of T, or the region
+where T is nearly affine. A plain step is never taken back, so the whole costs at most two evaluations where Picard iteration costs one.
+
+*Memory.* A solver keeps rows, one a step, in a ring; which of them count is a mask beside them, so that a row is written once and a restart
+moves nothing. Under `jax.vmap` a while loop whose condition differs from lane to lane writes everything that it carries in every step, to keep
+finished lanes as they are: several times the cost of the step. `accelerate` therefore runs a batch as one loop, until all are done. Lanes
+that are done go on moving; what is returned of them does not. Every example still has its own rows, coefficients and restarts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+import optimistix as optx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from .._core.arguments import check_tolerances, integer
+from .._linear.lanes import one_loop
+from .._linear.norms import finite_largest
+
+
+class Progress(eqx.Module):
+    """What is known of a solve: T(y) and T(y) - y at the last point that was not taken back, the least residual, the best value."""
+
+    value: Float[Array, " n"]
+    change: Float[Array, " n"]
+    size: Float[Array, ""]
+    started: Bool[Array, ""]
+    extrapolated: Bool[Array, ""]
+    # Least |T(y) - y| since the restart, and over all, with T there; T where it settled, if it has.
+    least: Float[Array, ""]
+    best: Float[Array, ""]
+    best_value: Float[Array, " n"]
+    settled: Bool[Array, ""]
+
+
+class Step(NamedTuple):
+    """One evaluation of T: its outcome, beside what was known before it.
+
+    - `lost`: the step to this point is taken back. `learn`: the two points are neighbours to learn from.
+    - `put(rows, row, where)` writes the row of this step, at `here`.
+    """
+
+    value: Float[Array, " n"]
+    change: Float[Array, " n"]
+    size: Float[Array, ""]
+    before: Progress
+    lost: Bool[Array, ""]
+    learn: Bool[Array, ""]
+    here: Bool[Array, " m"]
+    put: Callable[[Array, Array, Array], Array]
+
+
+class _State(eqx.Module):
+    progress: Progress
+    memory: PyTree
+    count: Int[Array, ""]
+
+
+class AbstractAccelerated(optx.AbstractFixedPointSolver):
+    """Subclasses say what they remember, and what follows a step."""
+
+    rtol: eqx.AbstractVar[Any]
+    atol: eqx.AbstractVar[Any]
+    history: eqx.AbstractVar[int]
+    growth: eqx.AbstractVar[float]
+
+    def __check_init__(self):
+        if (self.rtol is None) != (self.atol is None):
+            raise ValueError("give rtol and atol, or neither of them.")
+        if self.rtol is not None:
+            check_tolerances(self.rtol, self.atol)
+        integer(self.history, "history")
+        if not self.growth >= 1:
+            raise ValueError(f"growth must be at least 1, got {self.growth!r}.")
+
+    def memory(self, vector: Float[Array, " n"]) -> PyTree:
+        """Nothing learnt yet."""
+        raise NotImplementedError
+
+    def extrapolate(self, memory: PyTree, step: Step) -> tuple[Float[Array, " n"], PyTree]:
+        """The next point, and what is remembered then."""
+        raise NotImplementedError
+
+    def advance(
+        self,
+        y: Float[Array, " n"],
+        value: Float[Array, " n"],
+        before: Progress,
+        memory: PyTree,
+        count: Int[Array, ""],
+        together: bool,
+    ) -> tuple[Float[Array, " n"], Progress, PyTree]:
+        """After T was evaluated at `y`: the next point, and all that is known.
+
+        `count` says how many evaluations came before; `together`: it is the same for all lanes of a batch.
+        """
+        slot = count % self.history
+        change = value - y
+        # They decide and are not differentiated.
+        size = jax.lax.stop_gradient(finite_largest(change))
+        lost = ~before.settled & before.extrapolated & ~(size <= self.growth * before.least)  # true for NaN
+        settles = ~before.settled & (size <= self.rtol * jax.lax.stop_gradient(finite_largest(value)) + self.atol)
+        better = ~before.settled & (size < before.best) | settles
+        keep = lambda new, old: jnp.where(lost, old, new)
+        progress = Progress(
+            value=keep(value, before.value),
+            change=keep(change, before.change),
+            size=keep(size, before.size),
+            started=jnp.ones((), bool),
+            extrapolated=before.started & ~lost,
+            least=jnp.where(lost, jnp.inf, jnp.minimum(size, before.least)),
+            best=jnp.where(better, size, before.best),
+            best_value=jnp.where(better, value, before.best_value),
+            settled=before.settled | settles,
+        )
+        here = jnp.arange(self.history, dtype=jnp.int32) == slot
+        put = _in_place(slot) if together else _masked(here)
+        learn = before.started & ~before.settled & ~lost
+        following, memory = self.extrapolate(memory, Step(value, change, size, before, lost, learn, here, put))
+        return jnp.where(lost, before.value, following), progress, memory
+
+    def init(self, fn, y, args, options, f_struct, aux_struct, tags):
+        del fn, args, options, f_struct, aux_struct, tags
+        if self.rtol is None:
+            raise ValueError(f"{type(self).__name__} needs rtol and atol, unless it is the solver of a `FixedPoint`.")
+        vector, _ = ravel_pytree(y)
+        return _State(_begin(vector), self.memory(vector), jnp.zeros((), jnp.int32))
+
+    def step(self, fn, y, args, options, state, tags):
+        del options, tags
+        vector, unravel = ravel_pytree(y)
+        new, aux = fn(y, args)
+        value, _ = ravel_pytree(new)
+        vector, progress, memory = self.advance(vector, value, state.progress, state.memory, state.count, False)
+        return unravel(vector), _State(progress, memory, state.count + 1), aux
+
+    def terminate(self, fn, y, args, options, state, tags):
+        del fn, y, args, options, tags
+        return state.progress.settled, optx.RESULTS.successful
+
+    def postprocess(self, fn, y, aux, args, options, state, tags, result):
+        del fn, args, options, tags, result
+        vector, unravel = ravel_pytree(y)
+        return unravel(_answer(vector, state.progress)), aux, {}
+
+
+def _begin(vector: Float[Array, " n"]) -> Progress:
+    nothing, infinite, no = jnp.zeros_like(vector), jnp.full((), jnp.inf, vector.dtype), jnp.zeros((), bool)
+    return Progress(nothing, nothing, infinite, no, no, infinite, infinite, nothing, no)
+
+
+def _answer(y: Float[Array, " n"], progress: Progress) -> Float[Array, " n"]:
+    return jnp.where(jnp.isfinite(progress.best), progress.best_value, y)
+
+
+def _masked(here):
+    return lambda rows, row, where: jnp.where((here & where)[:, None], row[None], rows)
+
+
+def _in_place(slot):
+    def put(rows, row, where):
+        old = jax.lax.dynamic_index_in_dim(rows, slot, 0, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(where, row, old), slot, 0)
+
+    return put
+
+
+class Solve(NamedTuple):
+    y: PyTree
+    settled: Bool[Array, ""]
+    steps: Int[Array, ""]
+    memory: PyTree
+
+
+def accelerate(
+    solver: AbstractAccelerated, fn: Callable[[PyTree, PyTree], PyTree], y0: PyTree, args: PyTree, max_steps: int | None
+) -> Solve:
+    """What `optimistix.fixed_point` does, with a batch (`jax.vmap`) in one loop. Not differentiable. `fn` must not close over arrays."""
+    most = np.iinfo(np.int32).max if max_steps is None else max_steps
+    # No room for more rows than there can be: to clear it takes longer than a step.
+    solver = dataclasses.replace(solver, history=min(solver.history, most))
+    arrays, static = eqx.partition((solver, fn, y0, args), eqx.is_array)
+    leaves, treedef = jtu.tree_flatten(arrays)
+    rebuild = lambda leaves: eqx.combine(jtu.tree_unflatten(treedef, leaves), static)
+
+    def start(*leaves):
+        solver, _, y0, _ = rebuild(leaves)
+        vector, _ = ravel_pytree(y0)
+        return vector, _begin(vector), solver.memory(vector), jnp.zeros((), jnp.int32)
+
+    def step(carry, count, *leaves):
+        vector, progress, memory, steps = carry
+        solver, fn, y0, args = rebuild(leaves)
+        _, unravel = ravel_pytree(y0)
+        value, _ = ravel_pytree(fn(unravel(vector), args))
+        steps = steps + (~progress.settled).astype(jnp.int32)
+        return *solver.advance(vector, value, progress, memory, count, True), steps
+
+    def end(carry, *leaves):
+        vector, progress, memory, steps = carry
+        _, unravel = ravel_pytree(rebuild(leaves)[2])
+        return Solve(unravel(_answer(vector, progress)), progress.settled, steps, memory)
+
+    @one_loop
+    def run(laned, *leaves):
+        axes = tuple(0 if has else None for has in laned)
+        lanes = lambda function, *own: jax.vmap(function, (*own, *axes)) if any(laned) else function
+        stepped = lanes(step, 0, None)
+        unfinished = lambda carry: (carry[0] < most) & ~jnp.all(carry[1][1].settled)
+        body = lambda carry: (carry[0] + 1, stepped(carry[1], carry[0], *leaves))
+        _, last = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), lanes(start)(*leaves)))
+        return lanes(end, 0)(last, *leaves)
+
+    return run(*leaves)
+
+
+def reciprocal_length(vector: Float[Array, " n"], size: Float[Array, ""]) -> Float[Array, ""]:
+    """1 / |vector| for a vector with entries of at most about `size`; 0 if it is nothing beside that, or not finite.
+
+    One pass, where a norm that is safe on its own takes two. A constant in derivatives: any length will do that is right to a few digits.
+    """
+    unit = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+    scaled = vector * unit
+    length = jnp.sqrt(scaled @ scaled)
+    return jax.lax.stop_gradient(jnp.where(length > 0, unit / jnp.where(length > 0, length, 1), 0))
+
+
+def with_tolerances(solver, rtol: Any, atol: Any):
+    """The solver, with these for the ones that it leaves open."""
+    if solver.rtol is not None:
+        return solver
+    return eqx.tree_at(lambda s: (s.rtol, s.atol), solver, (rtol, atol), is_leaf=lambda leaf: leaf is None)
