@@ -17,8 +17,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from .._linear.norms import largest
-from .implicit import norm, typical_scale
+from .._linear.norms import largest, norm
+from .implicit import typical_scale
 from .node import AbstractDeclarativeNode, Solution, bound_inputs
 from .precision import FullPrecision, full_precision
 from .tolerances import tolerances

@@ -30,7 +30,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._linear.norms import largest, maximum
+from .._linear.norms import largest, maximum, norm
 from . import health
 from .failure import raise_failures
 from .precision import FullPrecision, full_precision
@@ -137,13 +137,6 @@ def detach(leaf):
 def detach_tree(tree: PyTree) -> PyTree:
     """`tree` with no gradient through its inexact arrays; other leaves pass."""
     return jtu.tree_map(lambda leaf: detach(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
-
-
-def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """Euclidean norm that neither overflows nor underflows."""
-    top = largest(vector)
-    safe = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-    return jnp.where(jnp.isfinite(top), top * jnp.sqrt(jnp.sum((vector / safe) ** 2)), top)
 
 
 def typical_scale(function: Callable[[PyTree], PyTree], y: PyTree) -> Float[Array, ""]:

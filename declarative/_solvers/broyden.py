@@ -26,8 +26,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
-from .._core.implicit import norm
-from .._linear.norms import finite_largest
+from .._linear.norms import finite_largest, norm
 from .accelerated import AbstractAccelerated, reciprocal_length
 
 

@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .._core.implicit import norm
-from .._linear.norms import largest
+from .._linear.norms import largest, norm
 from .._linear.support import buffer, solve_gram
 
 _CYCLES = 10  # of coordinate descent in a round, at most

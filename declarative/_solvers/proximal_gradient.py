@@ -24,8 +24,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
 from .._core.arguments import check_tolerances
-from .._core.implicit import detach_tree, norm
-from .._linear.norms import largest
+from .._core.implicit import detach_tree
+from .._linear.norms import largest, norm
 
 _HALVINGS = 60
 

@@ -1,6 +1,6 @@
 r"""The multiplier of one linear equation beside bounds: a monotone piecewise linear equation in one unknown.
 
-$$ g(\tau) = \sum_i w_i \,\mathrm{clip}(x_i - \tau w_i, l_i, u_i) - c = 0, \qquad w \ge 0 \tag{E} $$
+$$ g(\tau) = \sum_i w_i \,\mathrm{clip}(x_i - \tau w_i, l_i, u_i) - c = 0 \tag{E} $$
 
 is what the projection onto $\{p : l \le p \le u,\ w^\top p = c\}$ comes to. g falls; it is linear between the points where an entry
 meets a bound. Newton's step is exact once no such point lies between the iterate and the root, so the iteration ends there: no
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from .rows import column_maxima, row_sums, two_sum
+from .._linear.rows import column_maxima, row_reductions, row_sums, two_sum
 
 # Newton has met the last piece in 3 to 9 steps on every kind of data tried; from here on every third step halves the bracket.
 _PATIENCE = 8
@@ -64,18 +64,22 @@ def section_root(
     at_most: bool,
     sampled: bool = False,
 ) -> Root:
-    """The root of (E), by values only (no derivative). `at_most`: of max(g, 0), with tau >= 0, and `x` and `lower` are not negative.
+    """The root of (E), by values only (no derivative).
 
-    `lower` and `upper` are vectors or scalars, `upper` None for no bound; infinite entries are no bounds. `weights` None: ones.
+    `lower` and `upper` are vectors or scalars; infinite entries are no bounds. `weights` None: ones. `at_most`: of max(g, 0) with tau >= 0, for
+    |x| in place of x and weights that are not negative; then `lower` is 0 and `upper` None, no bound.
     """
     eps = float(jnp.finfo(x.dtype).eps)
     kept = lambda term: term if mask is None else jnp.where(mask, term, 0)
     w = jnp.ones((), x.dtype) if weights is None else weights
     ones = jnp.ones_like(x)
+    sign = jnp.where(w < 0, -ones, ones)
 
     def sums(tau, low):
         """(left side of (E) plus c, minus its slope, rank): in one read, and as few sums as tell the pieces of g apart."""
+        # Nothing of the size of x is made before the loop: to write it to fresh memory takes as long as six steps.
         t = (x - tau * w) - low * w
+        t = jnp.maximum(t, -((x + tau * w) + low * w)) if at_most else t
         below = t <= lower
         y = jnp.maximum(t, lower)
         square = w * w * ones
@@ -90,10 +94,11 @@ def section_root(
                 kept(y), kept(jnp.where(below, ones, 0)), kept(jnp.where(above, ones, 0))
             )
             return mass, count - low_ones - high_ones, low_ones - high_ones
-        side = jnp.where(below, ones, jnp.where(above, -ones, 0))
+        side = jnp.where(below, sign, jnp.where(above, -sign, 0))
         return row_sums(kept(w * y), kept(jnp.where(below | above, 0, square)), kept(side))
 
-    left, right, tau, finite, feasible, total, inactive = _start(x, lower, upper, w, total, mask, at_most)
+    start = _start_at_most(x, w, total, mask) if at_most else _start(x, lower, upper, w, total, mask)
+    left, right, tau, finite, feasible, total, inactive, first, last, steepest = start
     if x.size >= _SHORTEST_WITH_A_SAMPLE and not sampled:
         guess = _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, tau)
         tau = jnp.where(inactive, tau, jnp.clip(guess, left, right))
@@ -130,6 +135,10 @@ def section_root(
         both = (g_left > 0) & (g_right < 0)
         chord = left + (right - left) * g_left / jnp.where(both, g_left - g_right, 1)
         middle = left + (right - left) / 2
+        # Towards an infinite end: past the last bound there, where g is linear; and no root is nearer than g over its steepest slope.
+        least = here + g / steepest
+        past = jnp.where(on_left, jnp.maximum(least, last), jnp.minimum(least, first))
+        middle = jnp.where(jnp.isfinite(middle), middle, past)
         late = (state.steps > _PATIENCE) & (state.steps % 3 == 0)
         chord = jnp.where(both & (chord > left) & (chord < right), chord, middle)
         # An end of the bracket that has been looked at is not the root; one that has not may be.
@@ -157,7 +166,7 @@ def _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, othe
     if at_most and weights is None:
         # The left side of (E) only grows with more entries, so this is a lower bound of the root; and the maxima of columns miss an
         # entry above it only where two of them share a column.
-        part, share = (column_maxima(x), lower, upper, None), total
+        part, share = (column_maxima(jnp.abs(x)), lower, upper, None), total
         mask = None
     else:
         thin = lambda block: block if block is None or block.ndim == 0 else block[::_STRIDE]
@@ -168,52 +177,88 @@ def _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, othe
     return jnp.where(jnp.isfinite(root.tau) & root.feasible, root.tau, otherwise)
 
 
-def _start(x, lower, upper, w, total, mask, at_most: bool):
-    """(bracket, first iterate, data are finite, feasible, c inside of what the bounds allow, tau = 0 is the answer)."""
-    eps = float(jnp.finfo(x.dtype).eps)
+class _Start(NamedTuple):
+    left: Float[Array, ""]  # a bracket, infinite where unbounded entries make g so
+    right: Float[Array, ""]
+    tau: Float[Array, ""]  # the first iterate
+    finite: Bool[Array, ""]  # the data are
+    feasible: Bool[Array, ""]
+    total: Float[Array, ""]  # c, inside of what the bounds allow
+    inactive: Bool[Array, ""]  # tau = 0 is the answer
+    first: Float[Array, ""]  # the least and the greatest point where an entry meets a bound
+    last: Float[Array, ""]
+    steepest: Float[Array, ""]  # the slope where all entries are free
+
+
+def _start_at_most(x, w, total, mask) -> _Start:
     kept = lambda term: term if mask is None else jnp.where(mask, term, 0)
-    ones = jnp.ones_like(x)
-    moment, square, size = row_sums(*(kept(part) for part in (w * x, w * w * ones, jnp.abs(x))))
-    finite = jnp.isfinite(size) & jnp.isfinite(moment) & jnp.isfinite(square) & ~jnp.isnan(total)
-    free = (moment - total) / jnp.where(square > 0, square, 1)  # the root where no bound is met
-    if at_most:
-        # One-sided, hence convex: `free` is left of the root. At max x / w nothing is left.
-        last = jnp.max(kept(jnp.where(w > 0, x / jnp.where(w > 0, w, 1), 0)))
-        inactive = moment <= total
-        tau = jnp.where(inactive, jnp.zeros_like(free), jnp.maximum(free, 0))
-        return jnp.zeros_like(free), last * (1 + 8 * eps), tau, finite, total >= 0, total, inactive
-    low, high = lower * ones, (jnp.inf if upper is None else upper) * ones
-    # Left of every point where an entry meets a bound, the entries without an upper bound are free and the others at it.
-    left, top = _end(x, low, high, w * ones, total, mask)
-    right, bottom = _end(-x, -high, -low, w * ones, -total, mask)
-    right, bottom = -right, -bottom
-    slack = 4 * eps * (8 + x.size**0.5) * (jnp.abs(total) + _finite(jnp.abs(top)) + _finite(jnp.abs(bottom)))
-    (nans, crossed) = row_sums(
-        *(kept(jnp.where(bad, ones, 0)) for bad in (jnp.isnan(low) | jnp.isnan(high), low > high))
+    ones, size = jnp.ones_like(x), jnp.abs(x)
+    moment, square, last = row_reductions(
+        ("sum", kept(w * size)),
+        ("sum", kept(w * w * ones)),
+        ("max", kept(jnp.where(w > 0, size / jnp.where(w > 0, w, 1), 0))),
     )
-    finite = finite & (nans == 0)
+    finite, free, steepest = _unbounded(moment, square, total)
+    # One-sided, hence convex: `free` is left of the root. At max |x| / w nothing is left.
+    inactive, zero = moment <= total, jnp.zeros_like(free)
+    tau = jnp.where(inactive, zero, jnp.maximum(free, 0))
+    right = last * (1 + 8 * float(jnp.finfo(x.dtype).eps))
+    return _Start(zero, right, tau, finite, total >= 0, total, inactive, zero, right, steepest)
+
+
+def _start(x, lower, upper, w, total, mask) -> _Start:
+    kept = lambda term, nothing=0.0: term if mask is None else jnp.where(mask, term, nothing)
+    ones = jnp.ones_like(x)
+    if lower.ndim == upper.ndim == w.ndim == 0:
+        # The same bounds for all, and weights of 1: a few numbers say what they allow.
+        moment, least, most = row_reductions(("sum", kept(x)), ("min", kept(x, jnp.inf)), ("max", kept(x, -jnp.inf)))
+        square = jnp.asarray(x.size, x.dtype) if mask is None else jnp.sum(kept(ones))
+        bad = jnp.isnan(lower) | jnp.isnan(upper)
+        crossed = jnp.where(bad, jnp.nan, jnp.where((lower > upper) & (square > 0), 1.0, 0.0))
+        top, bottom = (jnp.where(square > 0, square * bound, 0) for bound in (upper, lower))
+        meets = [
+            jnp.where(jnp.isfinite(bound), extreme - bound, nothing)
+            for nothing, extreme in ((jnp.inf, least), (-jnp.inf, most))
+            for bound in (upper, lower)
+        ]
+        first, last = jnp.minimum(*meets[:2]), jnp.maximum(*meets[2:])
+    else:
+        low, high, counts = lower * ones, upper * ones, kept(w * ones) != 0
+        bad = jnp.isnan(low) | jnp.isnan(high)
+        meets = [
+            (counts & jnp.isfinite(bound), (x - jnp.where(jnp.isfinite(bound), bound, 0)) / jnp.where(counts, w, 1))
+            for bound in (low, high)
+        ]
+        least, most = ([jnp.where(does, point, nothing) for does, point in meets] for nothing in (jnp.inf, -jnp.inf))
+        ends = [jnp.where(counts, w * bound, 0) for bound in (low, high)]
+        moment, square, crossed, top, bottom, first, last = row_reductions(
+            ("sum", kept(w * x)),
+            ("sum", kept(w * w * ones)),
+            ("sum", kept(jnp.where(bad, jnp.nan, jnp.where(low > high, ones, 0)))),
+            ("sum", jnp.maximum(*ends)),
+            ("sum", jnp.minimum(*ends)),
+            ("min", jnp.minimum(*least)),
+            ("max", jnp.maximum(*most)),
+        )
+    finite, free, steepest = _unbounded(moment, square, total)
+    eps = float(jnp.finfo(x.dtype).eps)
+    finite_part = lambda value: jnp.where(jnp.isfinite(value), value, 0)
+    slack = 4 * eps * (8 + x.size**0.5) * (jnp.abs(total) + finite_part(jnp.abs(top)) + finite_part(jnp.abs(bottom)))
+    finite = finite & ~jnp.isnan(crossed)
     feasible = (total <= top + slack) & (total >= bottom - slack) & (crossed == 0) & jnp.isfinite(total)
     total = jnp.clip(total, bottom, top)
-    tau = jnp.clip(free, left, right)
-    margin = 8 * eps * (jnp.abs(left) + jnp.abs(right))
-    return left - margin, right + margin, tau, finite, feasible, total, jnp.array(False)
+    some = jnp.isfinite(first) & jnp.isfinite(last)
+    first, last = jnp.where(some, first, free), jnp.where(some, last, free)
+    margin = 8 * eps * (jnp.abs(first) + jnp.abs(last))
+    first, last = first - margin, last + margin
+    # Left of every bound that is met, the entries that are bounded there are at their bounds, and g is at least 0: if all are.
+    left, right = jnp.where(top < jnp.inf, first, -jnp.inf), jnp.where(bottom > -jnp.inf, last, jnp.inf)
+    tau = jnp.clip(free, first, last)
+    return _Start(left, right, tau, finite, feasible, total, jnp.array(False), first, last, steepest)
 
 
-def _end(x, lower, upper, w, total, mask):
-    """(a point where g >= 0, the largest moment that the bounds allow)."""
-    counts = w > 0 if mask is None else mask & (w > 0)
-    bounded = counts & (upper < jnp.inf)
-    free = counts & ~bounded
-    fixed, moment, square = row_sums(
-        jnp.where(bounded, w * jnp.where(bounded, upper, 0), 0), jnp.where(free, w * x, 0), jnp.where(free, w * w, 0)
-    )
-    nearest = jnp.where(bounded, upper, lower)
-    meets = counts & jnp.isfinite(nearest)
-    first = jnp.min(jnp.where(meets, (x - jnp.where(meets, nearest, 0)) / jnp.where(counts, w, 1), jnp.inf))
-    linear = jnp.where(square > 0, (moment + fixed - total) / jnp.where(square > 0, square, 1), jnp.inf)
-    point = jnp.minimum(first, linear)
-    return jnp.where(jnp.isfinite(point), point, 0), jnp.where(square > 0, jnp.inf, fixed)
-
-
-def _finite(value):
-    return jnp.where(jnp.isfinite(value), value, 0)
+def _unbounded(moment, square, total):
+    """(the data are finite, the root where no bound is met, the slope there)."""
+    finite = jnp.isfinite(moment) & jnp.isfinite(square) & ~jnp.isnan(total)
+    steepest = jnp.where(square > 0, square, 1)
+    return finite, (moment - total) / steepest, steepest

@@ -40,7 +40,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from .rows import column_maxima, row_sums, two_sum
+from .._linear.rows import column_maxima, row_sums, two_sum
 
 _Kind = Literal["softmax", "entmax15", "sparsemax", "general"]
 

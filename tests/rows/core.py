@@ -165,7 +165,9 @@ ROWS = [
             (WEIGHT, BIAS),
             y0=jnp.zeros(4),
             reference=picard_reference,
-            failures={"nonlinear_max_steps_reached": (jnp.kron(jnp.eye(2), jnp.array([[0.0, 30], [-30, 0]])), BIAS)},
+            failures={
+                "nonlinear_max_steps_reached": (jnp.kron(jnp.eye(2), jnp.array([[0.0, 30], [-30, 0]])), 0.1 * BIAS)
+            },
             adjoints=(None, dn.UnrolledAdjoint()),
             fast=False,
         )

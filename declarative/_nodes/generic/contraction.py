@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..._core.arguments import integer
-from ..._core.implicit import norm
+from ..._linear.norms import norm
 
 
 def _vector_map(fn: Callable, y: PyTree, x: PyTree):

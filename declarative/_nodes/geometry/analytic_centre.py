@@ -10,11 +10,11 @@ import lineax as lx
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, Int
 
-from ..._core.implicit import LinearSystem, Run, norm
+from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from ..._core.results import RESULTS, choose
 from ..._linear.dense import Dense, inverse_where
-from ..._linear.norms import largest
+from ..._linear.norms import largest, norm
 from ..._linear.scaling import power_of_two
 
 _MAX_STEPS = 200

@@ -11,11 +11,12 @@ import optimistix as optx
 from jaxtyping import Array, Float
 
 from ..._core.arguments import number
-from ..._core.implicit import LinearSystem, Run, norm
+from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
 from ..._core.results import RESULTS, choose
 from ..._linear.dense import Dense
 from ..._linear.lanes import over_lanes
+from ..._linear.norms import norm
 from .least_squares import LeastSquaresData, check, pack, weights_of
 
 

@@ -37,10 +37,10 @@ from jaxtyping import Array, Float, PyTree
 
 from ..._core.adjoint import AbstractAdjoint
 from ..._core.closure import close
-from ..._core.implicit import LinearSystem, Run, norm, solve_system
+from ..._core.implicit import LinearSystem, Run, solve_system
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
 from ..._core.results import RESULTS, choose
-from ..._linear.norms import largest
+from ..._linear.norms import largest, norm
 from ..._linear.saddle import Saddle, SaddleSolver
 from ..._solvers import augmented_lagrangian as algorithm
 from ..generic.root import check_function, require_guess

@@ -2,14 +2,11 @@
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..._core.adjoint import lax_loop
 from ..._core.results import RESULTS
-from ..._linear.lanes import where_needed
-from ..._linear.norms import maximum
+from ..._linear.norms import norm
 from ..._solvers.section import section_root
 from .boxes import AbstractBox
 from .sets import AbstractOneMultiplierSet, check_length, found, keep, like, parameter, pinned, status
@@ -43,9 +40,9 @@ class L1Ball(AbstractOneMultiplierSet):
     def kernel(self, x, mask, max_steps):
         weights = None if self.weights is None else like(self.weights, x)
         w = self._weights(x)
-        radius, size, zero = like(self.radius, x), jnp.abs(x), jnp.zeros((), x.dtype)
-        root = section_root(size, zero, None, weights, radius, mask, max_steps, at_most=True)
-        y = _sign(x) * jnp.maximum((size - root.tau * w) - root.low * w, 0)
+        radius, zero = like(self.radius, x), jnp.zeros((), x.dtype)
+        root = section_root(x, zero, None, weights, radius, mask, max_steps, at_most=True)
+        y = _sign(x) * jnp.maximum((jnp.abs(x) - root.tau * w) - root.low * w, 0)
         feasible = root.feasible & (jnp.ones((), bool) if weights is None else jnp.all(keep(mask, weights) >= 0))
         code = status(finite=root.finite, feasible=feasible, converged=root.converged)
         return found(y, root.tau + root.low, code, root.steps)
@@ -203,26 +200,3 @@ def at_most(multiplier: Float[Array, ""], slack: Float[Array, ""]) -> Float[Arra
 
 def _sign(x):
     return jnp.where(x < 0, -jnp.ones_like(x), 1)
-
-
-@jax.custom_jvp
-def norm(x: Float[Array, " n"]) -> Float[Array, ""]:
-    """Euclidean norm that neither overflows nor underflows; its derivative at 0 is 0."""
-    total = jnp.sum(jnp.square(x))
-    limits = jnp.finfo(x.dtype)
-    # One read of x is enough unless squares leave the range of the dtype, or lose digits below it.
-    unsafe = ~((total > 1e8 * float(limits.tiny)) & (total < jnp.inf))
-    return where_needed(unsafe, lambda one: _scaled_norm(one * x), jnp.sqrt(total), lax_loop)
-
-
-def _scaled_norm(x):
-    top = maximum(jnp.abs(x))
-    scale = jnp.where((top > 0) & (top < jnp.inf), top, 1)
-    return jnp.where(top < jnp.inf, scale * jnp.sqrt(jnp.sum(jnp.square(x / scale))), top)
-
-
-@norm.defjvp
-def _(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    size = norm(x)
-    return size, jnp.sum(x / jnp.where(size > 0, size, 1) * dx)

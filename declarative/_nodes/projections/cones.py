@@ -22,9 +22,8 @@ from jaxtyping import Array, Float
 from ..._core.implicit import LinearSystem, detach
 from ..._core.precision import full_precision
 from ..._linear.lanes import over_lanes
-from ..._linear.norms import largest
+from ..._linear.norms import largest, norm
 from ..._linear.paired import Paired, PairedDiagonal
-from .balls import norm
 from .sets import AbstractSet, ProjectionPoint, as_run, like, parameter, status
 from .simplices import Simplex
 

@@ -155,15 +155,7 @@ class BoxSection(AbstractSection):
 
 def _by_newton(onto: AbstractSection, x, mask, max_steps: int):
     lower, upper, weights, total = onto.section(x)
-    if weights is None:
-        root = section_root(x, lower, upper, None, total, mask, max_steps, at_most=False)
-        y = jnp.clip((x - root.tau) - root.low, lower, upper)
-    else:
-        # The root finder wants weights >= 0: where one is negative, -y takes the place of y.
-        sign = jnp.where(weights < 0, -jnp.ones_like(weights), 1)
-        negative = weights < 0
-        low, high = jnp.where(negative, -upper, lower), jnp.where(negative, -lower, upper)
-        root = section_root(sign * x, low, high, jnp.abs(weights), total, mask, max_steps, at_most=False)
-        y = jnp.clip((x - root.tau * weights) - root.low * weights, lower, upper)
+    root = section_root(x, lower, upper, weights, total, mask, max_steps, at_most=False)
+    y = (x - root.tau) - root.low if weights is None else (x - root.tau * weights) - root.low * weights
     code = status(finite=root.finite, feasible=root.feasible, converged=root.converged)
-    return found(keep(mask, y), root.tau + root.low, code, root.steps)
+    return found(keep(mask, jnp.clip(y, lower, upper)), root.tau + root.low, code, root.steps)

@@ -23,9 +23,10 @@ from jaxtyping import Array, Float, PyTree
 from ..._core.adjoint import AbstractAdjoint, PlainLoop
 from ..._core.arguments import number
 from ..._core.closure import close
-from ..._core.implicit import LinearSystem, Run, detach_tree, norm, typical_scale
+from ..._core.implicit import LinearSystem, Run, detach_tree, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
 from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
+from ..._linear.norms import norm
 from ..._linear.support import ConjugateGradients, Restricted
 from ..._solvers.proximal_gradient import ProximalGradient
 from ..generic.root import check_function, check_shape, require_guess
