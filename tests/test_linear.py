@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import declarative as dn
 from declarative._linear.bordered import Bordered, BorderedDiagonal
 from declarative._linear.dense import Dense
 from declarative._linear.lanes import over_lanes
-from declarative._linear.norms import largest, maximum
+from declarative._linear.norms import finite_largest, largest, maximum, norm
 
 SIZES = (1, 2, 5, 70)
 
@@ -173,3 +174,34 @@ def test_lanes_of_which_arrays_have_only_some_axes():
         for j in range(2):
             np.testing.assert_allclose(solved[i, j], scale[i] * np.linalg.solve(matrix[j], vector[i, j]), rtol=1e-10)
             np.testing.assert_allclose(product[i, j], shared @ vector[i, j], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_norm_over_the_range_of_the_dtype(dtype):
+    limits = jnp.finfo(dtype)
+    some = jr.normal(jr.key(0), (37,), dtype)
+    compiled = jax.jit(jax.vmap(norm))
+    for scale in (
+        float(limits.tiny) * 1e3,
+        float(limits.tiny) ** 0.5,
+        1.0,
+        float(limits.max) ** 0.5,
+        float(limits.max) / 100,
+    ):
+        # Among others: the compiler must not square a factor that scales them.
+        rows = jnp.stack([some * scale, 0 * some, some])
+        np.testing.assert_allclose(
+            compiled(rows), np.linalg.norm(np.asarray(rows, np.longdouble), axis=1), rtol=8 * limits.eps
+        )
+    np.testing.assert_array_equal(
+        compiled(jnp.asarray([[jnp.inf, 1], [jnp.nan, jnp.inf], [jnp.nan, 1]], dtype)), [np.inf, np.nan, np.nan]
+    )
+    np.testing.assert_array_equal(jax.grad(norm)(jnp.zeros(3, dtype)), jnp.zeros(3))
+    np.testing.assert_allclose(jax.grad(norm)(some), some / norm(some), rtol=8 * limits.eps)
+
+
+def test_finite_largest():
+    rows = np.zeros((5, 5000))
+    rows[0, 7], rows[1, 7], rows[2, 7], rows[3, :] = -3, np.nan, -np.inf, -1e-300
+    np.testing.assert_array_equal(jax.jit(jax.vmap(finite_largest))(rows), [3, np.nan, np.nan, 1e-300, 0])
+    assert finite_largest(jnp.zeros(0)) == 0

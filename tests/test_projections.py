@@ -489,3 +489,22 @@ def test_few_steps():
             low, high = np.where(heavy, tau, low), np.where(heavy, high, tau)
         want = np.clip(x - low * w, l, u)
         np.testing.assert_allclose(y, want, atol=1e-10 * np.max(np.abs(want)), err_msg=kind)
+
+
+def test_bounds_on_one_side_and_weights_of_either_sign():
+    """Small sections, where a start on a bound has no slope to go by, and the root is beyond every bound."""
+    rng = np.random.default_rng(3)
+    lanes = 100
+    solve = jax.jit(jax.vmap(lambda x, l, u, w, c: dn.Projection(dn.BoxSection(l, u, w, c), throw=False)(x)))
+    for n in (1, 2, 3, 7):
+        x, w = np.round(2 * rng.standard_normal((lanes, n))), rng.standard_normal((lanes, n))
+        l, u = -np.round(2 * rng.random((lanes, n))), np.round(2 * rng.random((lanes, n)))
+        l, u = np.where(rng.random(l.shape) < 0.4, -INF, l), np.where(rng.random(u.shape) < 0.4, INF, u)
+        w = np.where(rng.random(w.shape) < 0.2, 0, w)
+        c = np.sum(w * np.clip(rng.standard_normal((lanes, n)), l, u), axis=1)
+        low, high = np.full((lanes, 1), -1e9), np.full((lanes, 1), 1e9)
+        for _ in range(120):
+            tau = (low + high) / 2
+            heavy = np.sum(w * np.clip(x - tau * w, l, u), axis=1, keepdims=True) >= c[:, None]
+            low, high = np.where(heavy, tau, low), np.where(heavy, high, tau)
+        np.testing.assert_allclose(solve(x, l, u, w, c), np.clip(x - low * w, l, u), atol=1e-9)
