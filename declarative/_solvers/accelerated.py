@@ -6,8 +6,8 @@ where T is nearly affine. A plain step is never taken back, so the whole costs a
 
 *Memory.* A solver keeps rows, one a step, in a ring; which of them count is a mask beside them, so that a row is written once and a restart
 moves nothing. Under `jax.vmap` a while loop whose condition differs from lane to lane writes everything that it carries in every step, to keep
-finished lanes as they are: several times the cost of the step. `accelerate` therefore runs a batch as one loop, until all are done. Lanes
-that are done go on moving; what is returned of them does not. Every example still has its own rows, coefficients and restarts.
+finished lanes as they are: several times the cost of the step. `accelerate` therefore runs a batch as one loop, until all are done. Every
+example still has its own rows, coefficients and restarts.
 """
 
 import dataclasses
@@ -127,7 +127,8 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         put = _in_place(slot) if together else _masked(here)
         learn = before.started & ~before.settled & ~lost
         following, memory = self.extrapolate(memory, Step(value, change, size, before, lost, learn, here, put))
-        return jnp.where(lost, before.value, following), progress, memory
+        # A lane that is done stays where it was: further steps would be made of rounding, and might lead anywhere.
+        return jnp.where(progress.settled, y, jnp.where(lost, before.value, following)), progress, memory
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
