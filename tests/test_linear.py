@@ -176,10 +176,11 @@ def test_lanes_of_which_arrays_have_only_some_axes():
             np.testing.assert_allclose(product[i, j], shared @ vector[i, j], rtol=1e-12)
 
 
+@pytest.mark.parametrize("n", [37, 3000])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_norm_over_the_range_of_the_dtype(dtype):
+def test_norm_over_the_range_of_the_dtype(dtype, n):
     limits = jnp.finfo(dtype)
-    some = jr.normal(jr.key(0), (37,), dtype)
+    some = jr.normal(jr.key(0), (n,), dtype)
     compiled = jax.jit(jax.vmap(norm))
     for scale in (
         float(limits.tiny) * 1e3,
@@ -191,13 +192,13 @@ def test_norm_over_the_range_of_the_dtype(dtype):
         # Among others: the compiler must not square a factor that scales them.
         rows = jnp.stack([some * scale, 0 * some, some])
         np.testing.assert_allclose(
-            compiled(rows), np.linalg.norm(np.asarray(rows, np.longdouble), axis=1), rtol=8 * limits.eps
+            compiled(rows), np.linalg.norm(np.asarray(rows, np.longdouble), axis=1), rtol=8 * float(limits.eps)
         )
-    np.testing.assert_array_equal(
-        compiled(jnp.asarray([[jnp.inf, 1], [jnp.nan, jnp.inf], [jnp.nan, 1]], dtype)), [np.inf, np.nan, np.nan]
-    )
+    bad = jnp.asarray([[jnp.inf, 1], [jnp.nan, jnp.inf], [jnp.nan, 1]], dtype)
+    bad = jnp.concatenate([bad, jnp.ones((3, n), dtype)], axis=1)
+    np.testing.assert_array_equal(compiled(bad), [np.inf, np.nan, np.nan])
     np.testing.assert_array_equal(jax.grad(norm)(jnp.zeros(3, dtype)), jnp.zeros(3))
-    np.testing.assert_allclose(jax.grad(norm)(some), some / norm(some), rtol=8 * limits.eps)
+    np.testing.assert_allclose(jax.grad(norm)(some), some / norm(some), rtol=8 * float(limits.eps))
 
 
 def test_finite_largest():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
+from .lanes import where_needed
 from .rows import row_sums
 
 
@@ -30,21 +31,39 @@ def finite_largest(vector: Float[Array, " n"]) -> Float[Array, ""]:
     return jnp.where(jnp.isfinite(jnp.sum(0 * vector)), top, jnp.nan)
 
 
+_SHORT = 2048  # up to here, three sums in one read take no longer than to look whether one is enough
+
+
 @jax.custom_jvp
 def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """Euclidean norm that neither overflows nor underflows; its derivative at 0 is 0.
+    """Euclidean norm that neither overflows nor underflows; its derivative at 0 is 0."""
+    limits, vector = jnp.finfo(vector.dtype), vector.ravel()
+    enough = lambda square: (square > 1e8 * float(limits.tiny)) & (square < jnp.inf)
+    if vector.size <= _SHORT:
+        size = jnp.abs(vector)
+        square, *others = row_sums(jnp.square(size), *_rescaled(size))
+        return jnp.where(enough(square), jnp.sqrt(square), _unscaled(square, *others))
+    square = jnp.sum(jnp.square(vector))
+    again = lambda one: _unscaled(square, *row_sums(*_rescaled(jnp.abs(one * vector))))
+    loop = lambda cond, body, init, max_steps: jax.lax.while_loop(cond, body, init)
+    return where_needed(~enough(square), again, jnp.sqrt(square), loop)
 
-    In one read: the squares are summed as they are, and of the vector scaled down and scaled up (Blue 1978, *A portable Fortran program to
-    find the Euclidean norm of a vector*); the sum decides which of the three has the digits.
-    """
-    limits, size = jnp.finfo(vector.dtype), jnp.abs(vector.ravel())
-    scale, bound = 2.0 ** round(0.7 * float(limits.maxexp)), 2.0 ** round(0.45 * float(limits.maxexp))
+
+def _scale(dtype) -> tuple[float, float]:
+    exponents = float(jnp.finfo(dtype).maxexp)
+    return 2.0 ** round(0.7 * exponents), 2.0 ** round(0.45 * exponents)
+
+
+def _rescaled(size):
+    """Squares of magnitudes scaled down, and scaled up (Blue 1978, *A portable Fortran program to find the Euclidean norm of a vector*)."""
+    scale, bound = _scale(size.dtype)
     # The bounds change nothing that counts. They keep XLA from squaring the scale, which overflows, in place of the scaled entries.
-    down, up = jnp.maximum(size / scale, 1 / bound), jnp.minimum(size * scale, bound)
-    large, plain, small = row_sums(jnp.square(down), jnp.square(size), jnp.square(up))
-    low = jnp.sqrt(small) / scale
-    inside = jnp.where(plain > 1e8 * float(limits.tiny), jnp.sqrt(plain), low)
-    return jnp.where(plain < jnp.inf, inside, jnp.sqrt(large) * scale)
+    return jnp.square(jnp.maximum(size / scale, 1 / bound)), jnp.square(jnp.minimum(size * scale, bound))
+
+
+def _unscaled(square, large, small):
+    scale, _ = _scale(square.dtype)
+    return jnp.where(square < 1, jnp.sqrt(small) / scale, jnp.sqrt(large) * scale)
 
 
 @norm.defjvp
