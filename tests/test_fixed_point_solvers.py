@@ -173,11 +173,33 @@ def test_maps_that_talk_to_other_lanes_or_to_the_host():
 
 @BOTH
 def test_more_room_than_steps_is_not_taken(kind):
-    W, b = symmetric(6, 0.5, jr.key(0)), jr.normal(jr.key(1), (6,))
+    W, b = symmetric(40, 0.5, jr.key(0)), jr.normal(jr.key(1), (40,))
     node = dn.FixedPoint(lambda y, x: x[0] @ y + x[1], kind(1e-10, 0.0, history=1000), max_steps=30)
     program = jax.jit(lambda W, b: node((W, b), y0=0 * b)).lower(W, b).as_text()
-    assert "tensor<30x6x" in program
-    assert "tensor<1000x6x" not in program
+    assert "tensor<30x40x" in program
+    assert "tensor<1000x40x" not in program
+
+
+@BOTH
+def test_a_lane_that_leaves_the_numbers_is_given_up_at_once(kind):
+    node = dn.FixedPoint(lambda y, x: x * y * y + 1, kind(), throw=False)
+    solution = jax.vmap(lambda x, y0: node.solve(x, y0=y0))(
+        jnp.array([0.1, 1.0, jnp.nan], jnp.float32), jnp.array([[1.0], [1e25], [1.0]], jnp.float32)
+    )
+    ended = [jax.tree.map(lambda leaf, i=i: leaf[i], solution).result for i in range(3)]
+    assert ended[0] == dn.RESULTS.successful
+    assert ended[1] == dn.RESULTS.nonfinite
+    assert np.max(solution.stats["steps"]) < 20
+
+
+def test_a_batch_of_models_and_data_copies_neither():
+    W, b = jnp.zeros((3, 50, 50)), jnp.zeros((40, 50))
+    node = dn.FixedPoint(lambda y, x: jnp.tanh(x[0] @ y) + x[1], dn.Anderson(), throw=False)
+    one = lambda W, b: node((W, b), y0=jnp.zeros(50))
+    program = jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None))).lower(W, b).as_text()
+    assert "x50x50x" in program
+    assert "tensor<3x40x50x50x" not in program
+    assert "tensor<120x50x50x" not in program
 
 
 def test_settings_are_checked():

@@ -201,6 +201,14 @@ def test_norm_over_the_range_of_the_dtype(dtype, n):
     np.testing.assert_allclose(jax.grad(norm)(some), some / norm(some), rtol=8 * float(limits.eps))
 
 
+def test_second_derivative_of_the_norm_at_every_scale():
+    vector = jnp.array([3.0, 4.0], jnp.float32)
+    for scale in (1e-20, 1.0, 1e20):
+        np.testing.assert_allclose(
+            jax.hessian(norm)(vector * scale) * scale, [[0.128, -0.096], [-0.096, 0.072]], rtol=1e-5
+        )
+
+
 def test_finite_largest():
     rows = np.zeros((5, 5000))
     rows[0, 7], rows[1, 7], rows[2, 7], rows[3, :] = -3, np.nan, -np.inf, -1e-300

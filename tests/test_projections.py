@@ -508,3 +508,26 @@ def test_bounds_on_one_side_and_weights_of_either_sign():
             heavy = np.sum(w * np.clip(x - tau * w, l, u), axis=1, keepdims=True) >= c[:, None]
             low, high = np.where(heavy, tau, low), np.where(heavy, high, tau)
         np.testing.assert_allclose(solve(x, l, u, w, c), np.clip(x - low * w, l, u), atol=1e-9)
+
+
+def test_bounds_closer_than_neighbours_of_the_multiplier():
+    """In float32 no multiplier near 1e8 has an entry between 0 and 1; and what two numbers cannot resolve is said."""
+    found = lambda onto, x: dn.Projection(onto, throw=False).solve(jnp.asarray(x, jnp.float32))
+    weights = jnp.array([1.0, 2.0, 3.0], jnp.float32)
+    for onto, x, want in (
+        (dn.CappedSimplex(1.5), [1e7, 1e7 - 8, 1e7 + 8], [0.5, 0, 1]),
+        (dn.CappedSimplex(1.5), [1e8, 1e8 - 8, 1e8 + 8], [0.5, 0, 1]),
+        (dn.BoxSection(0.0, 1.0, None, 0.5), [1e9], [0.5]),
+        (dn.BoxSection(0.0, 1.0, jnp.array([1, 1, 1e-32], jnp.float32), 0.5), [5, 1, 1e7], [0.5, 0, 1]),
+    ):
+        np.testing.assert_allclose(found(onto, x).value, want, atol=1e-6)
+    y = found(dn.BoxSection(0.0, 1.0, weights, 0.5), [1e9] * 3).value
+    np.testing.assert_allclose(weights @ y, 0.5, rtol=1e-6)
+    assert found(dn.BoxSection(0.0, 1.0, None, 1.0), [1e30, 1e30, 0.0]).result == dn.RESULTS.nonlinear_max_steps_reached
+
+
+def test_a_large_bound_on_one_side_does_not_blur_the_other():
+    for lower, upper, total in ((-1e10, 0.0, 100.0), (-1e30, 1.0, 10.0), (0.0, 1e10, -1.0)):
+        onto = dn.BoxSection(lower, upper, None, total)
+        solution = dn.Projection(onto, throw=False).solve(jnp.array([3.0, 2.9, 5.0], jnp.float32))
+        assert solution.result == dn.RESULTS.infeasible

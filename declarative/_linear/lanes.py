@@ -43,56 +43,55 @@ def over_lanes(kernel: Callable[..., Any]) -> Callable[..., Any]:
     Under `vmap`, an array that is the same for all lanes is not copied for each.
     """
 
-    def lane_by_lane(laned, *arrays):
-        if not any(laned):
+    def lane_by_lane(axes, *arrays):
+        if not axes:
             return kernel(*arrays)
+        sizes = tuple(_size(which, level, axes, arrays) for level, which in enumerate(axes))
+        laned = [any(has) for has in zip(*axes, strict=True)]
+
+        def flat(array, has):
+            """One axis of all lanes, for an array with some of the axes."""
+            shape = iter(array.shape)
+            lead = tuple(next(shape) if one else 1 for one in has)
+            rest = tuple(shape)
+            return jnp.broadcast_to(array.reshape(*lead, *rest), (*sizes, *rest)).reshape(prod(sizes), *rest)
+
+        lanes = tuple(flat(array, has) for array, has in zip(arrays, zip(*axes, strict=True), strict=True) if any(has))
 
         def one(lane):
             rest = iter(lane)
             return kernel(*(next(rest) if has else array for array, has in zip(arrays, laned, strict=True)))
 
-        lanes = tuple(array for array, has in zip(arrays, laned, strict=True) if has)
         one_by_one = lambda *lanes: jax.lax.map(one, lanes)
-        return jax.lax.platform_dependent(*lanes, cpu=one_by_one, default=jax.vmap(lambda *lane: one(lane)))
+        out = jax.lax.platform_dependent(*lanes, cpu=one_by_one, default=jax.vmap(lambda *lane: one(lane)))
+        return jtu.tree_map(lambda leaf: leaf.reshape(*sizes, *leaf.shape[1:]), out)
 
     return one_loop(lane_by_lane)
 
 
-def one_loop(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays whose batch is up to `kernel(laned, *arrays)`. It is not differentiated: give it a rule.
+def _size(which, level, axes, arrays) -> int:
+    """Of the axis `level` of a batch, from an array that has it."""
+    index = which.index(True)
+    return arrays[index].shape[sum(outer[index] for outer in axes[:level])]
 
-    `laned` says which of the arrays have a leading axis of lanes: none of them outside of `vmap`. However deep the `vmap`, it is one axis.
+
+def one_loop(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays whose batch is up to `kernel(axes, *arrays)`. It is not differentiated: give it a rule.
+
+    `axes` has an entry for each `vmap` around it, the outermost first: which of the arrays have that axis, among their leading ones. The
+    outputs have them all.
     """
     # A batching rule traces the kernel anew, in a backward pass after the node's call is over: full precision has to travel with it.
-    return lambda *arrays: _with_axes(full_precision()(kernel), (), (False,) * len(arrays))(*arrays)
+    return _with_axes(full_precision()(kernel), ())
 
 
-def _with_axes(kernel: Callable[..., Any], batch: tuple[int, ...], laned: tuple[bool, ...]) -> Callable[..., Any]:
-    """`kernel` over the leading axes `batch` of those arrays that are `laned`."""
-    depth = len(batch)
-
-    @custom_vmap
-    def run(*arrays):
-        lanes = [
-            array.reshape(prod(batch), *array.shape[depth:]) if has else array
-            for array, has in zip(arrays, laned, strict=True)
-        ]
-        out = kernel(laned, *lanes)
-        return jtu.tree_map(lambda leaf: leaf.reshape(*batch, *leaf.shape[1:]), out) if batch else out
+def _with_axes(kernel: Callable[..., Any], axes: tuple[tuple[bool, ...], ...]) -> Callable[..., Any]:
+    run = custom_vmap(lambda *arrays: kernel(axes, *arrays))
 
     @run.def_vmap
     def _(size, in_batched, *arrays):
-        def spread(array, new, old):
-            """An array with some of the axes gets all of them; one with none stays as it is."""
-            if not (new or old):
-                return array
-            shape = array.shape[new + old * depth :]
-            lead = (size if new else 1, *(batch if old else (1,) * depth))
-            return jnp.broadcast_to(array.reshape(*lead, *shape), (size, *batch, *shape))
-
-        full = [spread(*each) for each in zip(arrays, in_batched, laned, strict=True)]
-        either = tuple(new or old for new, old in zip(in_batched, laned, strict=True))
-        out = _with_axes(kernel, (size, *batch), either)(*full)
+        del size
+        out = _with_axes(kernel, (tuple(in_batched), *axes))(*arrays)
         return out, jtu.tree_map(lambda _: True, out)
 
     return run

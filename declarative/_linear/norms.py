@@ -38,7 +38,8 @@ _SHORT = 2048  # up to here, three sums in one read take no longer than to look 
 def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
     """Euclidean norm that neither overflows nor underflows; its derivative at 0 is 0."""
     limits, vector = jnp.finfo(vector.dtype), vector.ravel()
-    enough = lambda square: (square > 1e8 * float(limits.tiny)) & (square < jnp.inf)
+    least = 1e8 * float(limits.tiny) * max(vector.size, 1)
+    enough = lambda square: (square > least) & (square < jnp.inf)
     if vector.size <= _SHORT:
         size = jnp.abs(vector)
         square, *others = row_sums(jnp.square(size), *_rescaled(size))
@@ -66,8 +67,21 @@ def _unscaled(square, large, small):
     return jnp.where(square < 1, jnp.sqrt(small) / scale, jnp.sqrt(large) * scale)
 
 
+@jax.custom_jvp
+def _unit(vector):
+    size = norm(vector)
+    return vector / jnp.where(size > 0, size, 1)
+
+
 @norm.defjvp
 def _(primals, tangents):
     (vector,), (moved,) = primals, tangents
-    size = norm(vector)
-    return size, jnp.sum(vector / jnp.where(size > 0, size, 1) * moved)
+    return norm(vector), jnp.sum(_unit(vector) * moved)
+
+
+@_unit.defjvp
+def _(primals, tangents):
+    # The derivative of a quotient has a square of the norm in it, which may overflow where this does not.
+    (vector,), (moved,) = primals, tangents
+    unit, size = _unit(vector), norm(vector)
+    return unit, (moved - unit * jnp.sum(unit * moved)) / jnp.where(size > 0, size, 1)

@@ -10,7 +10,6 @@ finished lanes as they are: several times the cost of the step. `accelerate` the
 example still has its own rows, coefficients and restarts.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,12 +40,18 @@ class Progress(eqx.Module):
     best: Float[Array, ""]
     best_value: Float[Array, " n"]
     settled: Bool[Array, ""]
+    # A plain step has left the numbers: nothing will come of it.
+    lost: Bool[Array, ""]
+
+    @property
+    def over(self) -> Bool[Array, "*lanes"]:
+        return self.settled | self.lost
 
 
 class Step(NamedTuple):
     """One evaluation of T: its outcome, beside what was known before it.
 
-    - `lost`: the step to this point is taken back. `learn`: the two points are neighbours to learn from.
+    - `back`: the step to this point is taken back. `learn`: the two points are neighbours to learn from.
     - `put(rows, row, where)` writes the row of this step, at `here`.
     """
 
@@ -54,7 +59,7 @@ class Step(NamedTuple):
     change: Float[Array, " n"]
     size: Float[Array, ""]
     before: Progress
-    lost: Bool[Array, ""]
+    back: Bool[Array, ""]
     learn: Bool[Array, ""]
     here: Bool[Array, " m"]
     put: Callable[[Array, Array, Array], Array]
@@ -83,8 +88,13 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         if not self.growth >= 1:
             raise ValueError(f"growth must be at least 1, got {self.growth!r}.")
 
-    def memory(self, vector: Float[Array, " n"]) -> PyTree:
-        """Nothing learnt yet."""
+    def room(self, n: int) -> int:
+        """How many rows are of use for n unknowns."""
+        del n
+        return self.history
+
+    def memory(self, rows: Float[Array, "m n"]) -> PyTree:
+        """Nothing learnt yet: `rows` are zeros. It has a mask `known` of them."""
         raise NotImplementedError
 
     def extrapolate(self, memory: PyTree, step: Step) -> tuple[Float[Array, " n"], PyTree]:
@@ -104,38 +114,39 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
 
         `count` says how many evaluations came before; `together`: it is the same for all lanes of a batch.
         """
-        slot = count % self.history
-        change = value - y
+        slot, rows = count % memory.known.size, memory.known.size
+        change, going = value - y, ~before.over
         # They decide and are not differentiated.
         size = jax.lax.stop_gradient(finite_largest(change))
-        lost = ~before.settled & before.extrapolated & ~(size <= self.growth * before.least)  # true for NaN
-        settles = ~before.settled & (size <= self.rtol * jax.lax.stop_gradient(finite_largest(value)) + self.atol)
-        better = ~before.settled & (size < before.best) | settles
-        keep = lambda new, old: jnp.where(lost, old, new)
+        back = going & before.extrapolated & ~(size <= self.growth * before.least)  # true for NaN
+        settles = going & (size <= self.rtol * jax.lax.stop_gradient(finite_largest(value)) + self.atol)
+        better = going & (size < before.best) | settles
+        keep = lambda new, old: jnp.where(back, old, new)
         progress = Progress(
             value=keep(value, before.value),
             change=keep(change, before.change),
             size=keep(size, before.size),
             started=jnp.ones((), bool),
-            extrapolated=before.started & ~lost,
-            least=jnp.where(lost, jnp.inf, jnp.minimum(size, before.least)),
+            extrapolated=before.started & ~back,
+            least=jnp.where(back, jnp.inf, jnp.minimum(size, before.least)),
             best=jnp.where(better, size, before.best),
             best_value=jnp.where(better, value, before.best_value),
             settled=before.settled | settles,
+            lost=before.lost | going & ~before.extrapolated & ~jnp.isfinite(size),
         )
-        here = jnp.arange(self.history, dtype=jnp.int32) == slot
+        here = jnp.arange(rows, dtype=jnp.int32) == slot
         put = _in_place(slot) if together else _masked(here)
-        learn = before.started & ~before.settled & ~lost
-        following, memory = self.extrapolate(memory, Step(value, change, size, before, lost, learn, here, put))
+        learn = going & before.started & ~back
+        following, memory = self.extrapolate(memory, Step(value, change, size, before, back, learn, here, put))
         # A lane that is done stays where it was: further steps would be made of rounding, and might lead anywhere.
-        return jnp.where(progress.settled, y, jnp.where(lost, before.value, following)), progress, memory
+        return jnp.where(progress.over, y, jnp.where(back, before.value, following)), progress, memory
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
         if self.rtol is None:
             raise ValueError(f"{type(self).__name__} needs rtol and atol, unless it is the solver of a `FixedPoint`.")
         vector, _ = ravel_pytree(y)
-        return _State(_begin(vector), self.memory(vector), jnp.zeros((), jnp.int32))
+        return _State(_begin(vector), _empty(self, vector), jnp.zeros((), jnp.int32))
 
     def step(self, fn, y, args, options, state, tags):
         del options, tags
@@ -157,7 +168,13 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
 
 def _begin(vector: Float[Array, " n"]) -> Progress:
     nothing, infinite, no = jnp.zeros_like(vector), jnp.full((), jnp.inf, vector.dtype), jnp.zeros((), bool)
-    return Progress(nothing, nothing, infinite, no, no, infinite, infinite, nothing, no)
+    return Progress(nothing, nothing, infinite, no, no, infinite, infinite, nothing, no, no)
+
+
+def _empty(solver: AbstractAccelerated, vector: Float[Array, " n"], most: int | None = None) -> PyTree:
+    # No more rows than there can be: to clear them takes longer than a step.
+    rows = solver.room(vector.size)
+    return solver.memory(jnp.zeros((rows if most is None else min(rows, most), vector.size), vector.dtype))
 
 
 def _answer(y: Float[Array, " n"], progress: Progress) -> Float[Array, " n"]:
@@ -177,8 +194,11 @@ def _in_place(slot):
 
 
 class Solve(NamedTuple):
+    """`lost`: it has left the numbers."""
+
     y: PyTree
     settled: Bool[Array, ""]
+    lost: Bool[Array, ""]
     steps: Int[Array, ""]
     memory: PyTree
 
@@ -187,9 +207,8 @@ def accelerate(
     solver: AbstractAccelerated, fn: Callable[[PyTree, PyTree], PyTree], y0: PyTree, args: PyTree, max_steps: int | None
 ) -> Solve:
     """What `optimistix.fixed_point` does, with a batch (`jax.vmap`) in one loop. Not differentiable. `fn` must not close over arrays."""
-    most = np.iinfo(np.int32).max if max_steps is None else max_steps
-    # No room for more rows than there can be: to clear it takes longer than a step.
-    solver = dataclasses.replace(solver, history=min(solver.history, most))
+    endless = np.iinfo(np.int32).max
+    most = endless if max_steps is None else min(max_steps, endless)
     arrays, static = eqx.partition((solver, fn, y0, args), eqx.is_array)
     leaves, treedef = jtu.tree_flatten(arrays)
     rebuild = lambda leaves: eqx.combine(jtu.tree_unflatten(treedef, leaves), static)
@@ -197,27 +216,30 @@ def accelerate(
     def start(*leaves):
         solver, _, y0, _ = rebuild(leaves)
         vector, _ = ravel_pytree(y0)
-        return vector, _begin(vector), solver.memory(vector), jnp.zeros((), jnp.int32)
+        return vector, _begin(vector), _empty(solver, vector, most), jnp.zeros((), jnp.int32)
 
     def step(carry, count, *leaves):
         vector, progress, memory, steps = carry
         solver, fn, y0, args = rebuild(leaves)
         _, unravel = ravel_pytree(y0)
         value, _ = ravel_pytree(fn(unravel(vector), args))
-        steps = steps + (~progress.settled).astype(jnp.int32)
+        steps = steps + (~progress.over).astype(jnp.int32)
         return *solver.advance(vector, value, progress, memory, count, True), steps
 
     def end(carry, *leaves):
         vector, progress, memory, steps = carry
         _, unravel = ravel_pytree(rebuild(leaves)[2])
-        return Solve(unravel(_answer(vector, progress)), progress.settled, steps, memory)
+        return Solve(unravel(_answer(vector, progress)), progress.settled, progress.lost, steps, memory)
 
     @one_loop
-    def run(laned, *leaves):
-        axes = tuple(0 if has else None for has in laned)
-        lanes = lambda function, *own: jax.vmap(function, (*own, *axes)) if any(laned) else function
+    def run(axes, *leaves):
+        def lanes(function, *own):
+            for which in reversed(axes):
+                function = jax.vmap(function, (*own, *(0 if has else None for has in which)))
+            return function
+
         stepped = lanes(step, 0, None)
-        unfinished = lambda carry: (carry[0] < most) & ~jnp.all(carry[1][1].settled)
+        unfinished = lambda carry: (carry[0] < most) & ~jnp.all(carry[1][1].over)
         body = lambda carry: (carry[0] + 1, stepped(carry[1], carry[0], *leaves))
         _, last = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), lanes(start)(*leaves)))
         return lanes(end, 0)(last, *leaves)

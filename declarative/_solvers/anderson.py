@@ -11,7 +11,8 @@ $$ q \propto \Delta g - \sum_i c_i\,q_i, \qquad t \propto \Delta T - \sum_i c_i\
 
 so that $\gamma_i = q_i \cdot g$, without a Gram matrix and its ridge. With all pairs kept both are the same method. With m of them (2) forgets less:
 where T is affine with a symmetric matrix, three pairs do what all would (the conjugate residual method), and maps that come from optimisation
-(gradient and proximal steps, expectation maximisation) are of that kind. Where T is far from that, both are alike.
+(gradient and proximal steps, expectation maximisation) are near that kind. Where the matrix is far from symmetric the textbook's last m
+are worth somewhat more (measured on random ones: 3 to 25 % fewer steps), which a longer history makes up for.
 
 - A difference of which next to nothing is left in (2) is not kept: it holds rounding.
 - Extrapolations that fail are taken back, and the best point is what a solve that runs out of steps returns: see `accelerated.py`.
@@ -57,9 +58,12 @@ class Anderson(AbstractAccelerated):
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
-    def memory(self, vector):
-        rows = jnp.zeros((self.history, vector.size), vector.dtype)
-        return _Memory(rows, rows, jnp.zeros(self.history, bool))
+    def room(self, n):
+        # More than n differences are dependent, and new ones would not be kept.
+        return min(self.history, max(n, 1))
+
+    def memory(self, rows):
+        return _Memory(rows, rows, jnp.zeros(len(rows), bool))
 
     def extrapolate(self, memory, step):
         before, g = step.before, step.change
@@ -80,4 +84,4 @@ class Anderson(AbstractAccelerated):
         known = jnp.where(step.learn, stay | step.here & new, memory.known)
 
         gamma = jnp.where(known, changes @ g, 0)
-        return step.value - gamma @ values, _Memory(changes, values, known & ~step.lost)
+        return step.value - gamma @ values, _Memory(changes, values, known & ~step.back)

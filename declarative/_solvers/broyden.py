@@ -53,9 +53,8 @@ class Broyden(AbstractAccelerated):
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True, default=optx.max_norm)
 
-    def memory(self, vector):
-        rows = jnp.zeros((self.history, vector.size), vector.dtype)
-        return _Memory(rows, rows, jnp.zeros(self.history, bool))
+    def memory(self, rows):
+        return _Memory(rows, rows, jnp.zeros(len(rows), bool))
 
     def extrapolate(self, memory, step):
         g, stay = step.change, memory.known & ~step.here
@@ -76,7 +75,7 @@ class Broyden(AbstractAccelerated):
         vs = step.put(memory.vs, row, learnt)
         known = jnp.where(step.learn, stay | step.here & learnt, memory.known)
         following = step.value - jnp.where(known, vs @ g, 0) @ us
-        return following, _Memory(us, vs, known & ~step.lost)
+        return following, _Memory(us, vs, known & ~step.back)
 
     def inverse(self, memory):
         """(u, v) of what was learnt; see (1)."""

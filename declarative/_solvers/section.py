@@ -8,8 +8,10 @@ sort, and no tolerance on $\tau$. Steps that leave the bracket of the root, or t
 chord of the bracket, then by its middle (with two bounds g is neither convex nor concave, and Newton alone may cycle).
 
 The iterate is an unevaluated sum $\delta + \epsilon$: of close numbers $x_i - \delta$ is exact, so entries far smaller than $\tau$ keep
-their digits (`simplex_maps.py` says more). References: Cominetti, Mascarenhas & Silva 2014 (Newton for the continuous quadratic
-knapsack problem); Michelot 1986 for $u = \infty$.
+their digits (`simplex_maps.py` says more). Where the bounds are closer than two neighbours of $\delta$, no $\delta$ alone has an entry between
+them: once the bracket is down to neighbours, $\delta$ stays and the search goes on in $\epsilon$.
+
+References: Cominetti, Mascarenhas & Silva 2014 (Newton for the continuous quadratic knapsack problem); Michelot 1986 for $u = \infty$.
 """
 
 from typing import NamedTuple
@@ -48,6 +50,7 @@ class _State(NamedTuple):
     g: Float[Array, ""]  # at the last iterate
     rank: Float[Array, ""]  # entries at their last bound less entries at their first one: grows with tau
     newton: Bool[Array, ""]  # the last step was Newton's
+    fine: Bool[Array, ""]  # tau stays, the bracket is of low
     steps: Int[Array, ""]
     done: Bool[Array, ""]
 
@@ -98,7 +101,7 @@ def section_root(
         return row_sums(kept(w * y), kept(jnp.where(below | above, 0, square)), kept(side))
 
     start = _start_at_most(x, w, total, mask) if at_most else _start(x, lower, upper, w, total, mask)
-    left, right, tau, finite, feasible, total, inactive, first, last, steepest = start
+    left, right, tau, finite, feasible, total, inactive, first, last, steepest, noise = start
     if x.size >= _SHORTEST_WITH_A_SAMPLE and not sampled:
         guess = _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, tau)
         tau = jnp.where(inactive, tau, jnp.clip(guess, left, right))
@@ -114,6 +117,7 @@ def section_root(
         never,
         never,
         jnp.array(False),
+        jnp.array(False),
         jnp.zeros((), jnp.int32),
         inactive | ~finite | ~feasible,
     )
@@ -122,14 +126,17 @@ def section_root(
         mass, slope, rank = sums(state.tau, state.low)
         g = mass - total
         on_left = g >= 0
-        here = state.tau + state.low
+        here = jnp.where(state.fine, state.low, state.tau + state.low)
         left, right = jnp.where(on_left, here, state.left), jnp.where(on_left, state.right, here)
         # An end of the bracket that stays counts half (the Illinois rule), so that chords do not creep up on it.
         g_left = jnp.where(on_left, g, jnp.where(state.g < 0, 0.5, 1) * state.g_left)
         g_right = jnp.where(on_left, jnp.where(state.g >= 0, 0.5, 1) * state.g_right, g)
         small = jnp.abs(g) <= 4 * eps * (jnp.abs(mass) + jnp.abs(total))
         move = g / jnp.where(slope > 0, slope, 1)
-        done = small | (state.newton & (rank == state.rank)) | (right - left <= 2 * eps * jnp.abs(here))
+        narrow = right - left <= 2 * eps * jnp.abs(here)
+        done = small | (state.newton & (rank == state.rank)) | (narrow & state.fine & (jnp.abs(g) <= noise))
+        # Two numbers do not have the digits: x is larger than the bounds are apart by more than the square of the precision.
+        given_up = narrow & state.fine & ~done
         move = jnp.where(slope > 0, move, 0)
         target = here + move
         both = (g_left > 0) & (g_right < 0)
@@ -154,11 +161,33 @@ def section_root(
         jump = jnp.where(late, middle, chord) - here
         # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums.
         move = jnp.where(done | good, move, jump)
-        tau, low = two_sum(state.tau, state.low + move)
-        return _State(tau, low, left, right, g_left, g_right, g, rank, good, state.steps + 1, done)
+        refine = narrow & ~state.fine & ~done
+        fine = state.fine | refine
+        left, right = jnp.where(refine, left - state.tau, left), jnp.where(refine, right - state.tau, right)
+        low = jnp.where(refine, left + (right - left) / 2, state.low + move)
+        tau, low = _parts(fine, state.tau, low)
+        return _State(
+            tau,
+            low,
+            left,
+            right,
+            g_left,
+            g_right,
+            g,
+            rank,
+            good & ~refine,
+            fine,
+            jnp.where(given_up, max_steps, state.steps + 1),
+            done,
+        )
 
     state = jax.lax.while_loop(lambda s: ~s.done & (s.steps < max_steps), step, state)
     return Root(state.tau, state.low, state.steps, state.done & finite & feasible, finite, feasible)
+
+
+def _parts(fine, tau, low):
+    total, rest = two_sum(tau, low)
+    return jnp.where(fine, tau, total), jnp.where(fine, low, rest)
 
 
 def _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, otherwise):
@@ -188,6 +217,7 @@ class _Start(NamedTuple):
     first: Float[Array, ""]  # the least and the greatest point where an entry meets a bound
     last: Float[Array, ""]
     steepest: Float[Array, ""]  # the slope where all entries are free
+    noise: Float[Array, ""]  # of g
 
 
 def _start_at_most(x, w, total, mask) -> _Start:
@@ -203,7 +233,8 @@ def _start_at_most(x, w, total, mask) -> _Start:
     inactive, zero = moment <= total, jnp.zeros_like(free)
     tau = jnp.where(inactive, zero, jnp.maximum(free, 0))
     right = last * (1 + 8 * float(jnp.finfo(x.dtype).eps))
-    return _Start(zero, right, tau, finite, total >= 0, total, inactive, zero, right, steepest)
+    noise = _noise(x, total, total)
+    return _Start(zero, right, tau, finite, total >= 0, total, inactive, zero, right, steepest, noise)
 
 
 def _start(x, lower, upper, w, total, mask) -> _Start:
@@ -216,6 +247,7 @@ def _start(x, lower, upper, w, total, mask) -> _Start:
         bad = jnp.isnan(lower) | jnp.isnan(upper)
         crossed = jnp.where(bad, jnp.nan, jnp.where((lower > upper) & (square > 0), 1.0, 0.0))
         top, bottom = (jnp.where(square > 0, square * bound, 0) for bound in (upper, lower))
+        heights, beyond = (jnp.abs(top), jnp.abs(bottom)), jnp.zeros_like(top)
         meets = [
             jnp.where(jnp.isfinite(bound), extreme - bound, nothing)
             for nothing, extreme in ((jnp.inf, least), (-jnp.inf, most))
@@ -229,32 +261,46 @@ def _start(x, lower, upper, w, total, mask) -> _Start:
             (counts & jnp.isfinite(bound), (x - jnp.where(jnp.isfinite(bound), bound, 0)) / jnp.where(counts, w, 1))
             for bound in (low, high)
         ]
-        least, most = ([jnp.where(does, point, nothing) for does, point in meets] for nothing in (jnp.inf, -jnp.inf))
+        known = [does & jnp.isfinite(point) for does, point in meets]  # beside a tiny weight the quotient may overflow
+        far = [jnp.where(does & ~jnp.isfinite(point), ones, 0) for does, point in meets]
+        least, most = (
+            [jnp.where(here, point, nothing) for here, (_, point) in zip(known, meets, strict=True)]
+            for nothing in (jnp.inf, -jnp.inf)
+        )
         ends = [jnp.where(counts, w * bound, 0) for bound in (low, high)]
-        moment, square, crossed, top, bottom, first, last = row_reductions(
+        highest, lowest = jnp.maximum(*ends), jnp.minimum(*ends)
+        moment, square, crossed, top, bottom, *heights, beyond, first, last = row_reductions(
             ("sum", kept(w * x)),
             ("sum", kept(w * w * ones)),
             ("sum", kept(jnp.where(bad, jnp.nan, jnp.where(low > high, ones, 0)))),
-            ("sum", jnp.maximum(*ends)),
-            ("sum", jnp.minimum(*ends)),
+            ("sum", highest),
+            ("sum", lowest),
+            ("sum", jnp.abs(highest)),
+            ("sum", jnp.abs(lowest)),
+            ("sum", jnp.maximum(*far)),
             ("min", jnp.minimum(*least)),
             ("max", jnp.maximum(*most)),
         )
     finite, free, steepest = _unbounded(moment, square, total)
     eps = float(jnp.finfo(x.dtype).eps)
-    finite_part = lambda value: jnp.where(jnp.isfinite(value), value, 0)
-    slack = 4 * eps * (8 + x.size**0.5) * (jnp.abs(total) + finite_part(jnp.abs(top)) + finite_part(jnp.abs(bottom)))
+    over, under = (_noise(x, total, height) for height in heights)
     finite = finite & ~jnp.isnan(crossed)
-    feasible = (total <= top + slack) & (total >= bottom - slack) & (crossed == 0) & jnp.isfinite(total)
+    feasible = (total <= top + over) & (total >= bottom - under) & (crossed == 0) & jnp.isfinite(total)
     total = jnp.clip(total, bottom, top)
     some = jnp.isfinite(first) & jnp.isfinite(last)
     first, last = jnp.where(some, first, free), jnp.where(some, last, free)
     margin = 8 * eps * (jnp.abs(first) + jnp.abs(last))
     first, last = first - margin, last + margin
     # Left of every bound that is met, the entries that are bounded there are at their bounds, and g is at least 0: if all are.
-    left, right = jnp.where(top < jnp.inf, first, -jnp.inf), jnp.where(bottom > -jnp.inf, last, jnp.inf)
+    left = jnp.where((top < jnp.inf) & (beyond == 0), first, -jnp.inf)
+    right = jnp.where((bottom > -jnp.inf) & (beyond == 0), last, jnp.inf)
     tau = jnp.clip(free, first, last)
-    return _Start(left, right, tau, finite, feasible, total, jnp.array(False), first, last, steepest)
+    return _Start(left, right, tau, finite, feasible, total, jnp.array(False), first, last, steepest, over + under)
+
+
+def _noise(x, total, height):
+    """What rounding may do to a sum of terms whose magnitudes sum to `height`, less `total`."""
+    return 4 * float(jnp.finfo(x.dtype).eps) * (8 + x.size**0.5) * (jnp.abs(total) + height)
 
 
 def _unbounded(moment, square, total):

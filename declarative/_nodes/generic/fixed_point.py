@@ -113,7 +113,8 @@ class FixedPoint(AbstractDeclarativeNode):
         # What `fn` does besides (communication between lanes by their axis name, callbacks) is for JAX's own loop.
         if isinstance(solver, AbstractAccelerated) and loop is lax_loop and not fn.trace.jaxpr.effects:
             out = accelerate(solver, fn, y0, x, most)
-            result = choose(out.settled, RESULTS.successful, RESULTS.nonlinear_max_steps_reached)
+            ended = choose(out.lost, RESULTS.nonfinite, RESULTS.nonlinear_max_steps_reached)
+            result = choose(out.settled, RESULTS.successful, ended)
             value, steps, memory = out.y, out.steps, out.memory
         else:
             out = optx.fixed_point(fn, solver, y0, x, max_steps=most, adjoint=PlainLoop(loop), throw=False)
