@@ -10,6 +10,7 @@ finished lanes as they are: several times the cost of the step. `accelerate` the
 example still has its own rows, coefficients and restarts.
 """
 
+import abc
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -93,13 +94,13 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         del n
         return self.history
 
+    @abc.abstractmethod
     def memory(self, rows: Float[Array, "m n"]) -> PyTree:
         """Nothing learnt yet: `rows` are zeros. It has a mask `known` of them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def extrapolate(self, memory: PyTree, step: Step) -> tuple[Float[Array, " n"], PyTree]:
         """The next point, and what is remembered then."""
-        raise NotImplementedError
 
     def advance(
         self,
