@@ -116,6 +116,14 @@ def test_the_inverse_that_broyden_leaves():
     assert np.linalg.norm(-H @ c - exact) < np.linalg.norm(c - exact)
 
 
+def test_what_broyden_leaves_of_a_lane_that_ended_early():
+    x, slow = data(0.3), data(0.95)
+    node = dn.FixedPoint(affine, dn.Broyden(1e-12, 0.0, history=12), dn.QuasiNewtonAdjoint(), throw=False)
+    alone, _ = gradient(node, x)
+    together = jax.vmap(lambda *x: gradient(node, x)[0])(*(jnp.stack(pair) for pair in zip(x, slow, strict=True)))
+    np.testing.assert_allclose(together[0], alone, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
