@@ -40,13 +40,50 @@ class Root(NamedTuple):
     feasible: Bool[Array, ""]
 
 
-class _State(NamedTuple):
-    tau: Float[Array, ""]
-    low: Float[Array, ""]
-    left: Float[Array, ""]  # the bracket, and g at its ends (0: not yet known)
+class _Bracket(NamedTuple):
+    """Of the root, with g at its ends (0: not yet known)."""
+
+    left: Float[Array, ""]
     right: Float[Array, ""]
     g_left: Float[Array, ""]
     g_right: Float[Array, ""]
+
+    def narrowed(self, here, g, before) -> "_Bracket":
+        """By g at `here`, and `before` at the last point. An end that stays counts half (the Illinois rule), else chords creep up on it."""
+        on_left = g >= 0
+        return _Bracket(
+            jnp.where(on_left, here, self.left),
+            jnp.where(on_left, self.right, here),
+            jnp.where(on_left, g, jnp.where(before < 0, 0.5, 1) * self.g_left),
+            jnp.where(on_left, jnp.where(before >= 0, 0.5, 1) * self.g_right, g),
+        )
+
+    def moved(self, by) -> "_Bracket":
+        return self._replace(left=self.left - by, right=self.right - by)
+
+    @property
+    def known(self) -> Bool[Array, ""]:
+        return (self.g_left > 0) & (self.g_right < 0)
+
+    @property
+    def middle(self) -> Float[Array, ""]:
+        return self.left + (self.right - self.left) / 2
+
+    def chord(self, otherwise) -> Float[Array, ""]:
+        slope = jnp.where(self.known, self.g_left - self.g_right, 1)
+        meets = self.left + (self.right - self.left) * self.g_left / slope
+        return jnp.where(self.known & (meets > self.left) & (meets < self.right), meets, otherwise)
+
+    def has(self, point) -> Bool[Array, ""]:
+        """An end that has been looked at is not the root; one that has not may be."""
+        right_of = (point > self.left) | ((point == self.left) & (self.g_left == 0))
+        return right_of & ((point < self.right) | ((point == self.right) & (self.g_right == 0)))
+
+
+class _State(NamedTuple):
+    tau: Float[Array, ""]
+    low: Float[Array, ""]
+    bracket: _Bracket
     g: Float[Array, ""]  # at the last iterate
     rank: Float[Array, ""]  # entries at their last bound less entries at their first one: grows with tau
     newton: Bool[Array, ""]  # the last step was Newton's
@@ -101,88 +138,58 @@ def section_root(
         return row_sums(kept(w * y), kept(jnp.where(below | above, 0, square)), kept(side))
 
     start = _start_at_most(x, w, total, mask) if at_most else _start(x, lower, upper, w, total, mask)
-    left, right, tau, finite, feasible, total, inactive, first, last, steepest, noise = start
+    total, tau = start.total, start.tau
     if x.size >= _SHORTEST_WITH_A_SAMPLE and not sampled:
         guess = _from_sample(x, lower, upper, weights, total, mask, max_steps, at_most, tau)
-        tau = jnp.where(inactive, tau, jnp.clip(guess, left, right))
-    zero = jnp.zeros_like(tau)
-    never = jnp.full_like(tau, jnp.nan)
-    state = _State(
-        tau,
-        zero,
-        left,
-        right,
-        zero,
-        zero,
-        never,
-        never,
-        jnp.array(False),
-        jnp.array(False),
-        jnp.zeros((), jnp.int32),
-        inactive | ~finite | ~feasible,
-    )
+        tau = jnp.where(start.inactive, tau, jnp.clip(guess, start.left, start.right))
+    zero, never, no = jnp.zeros_like(tau), jnp.full_like(tau, jnp.nan), jnp.array(False)
+    bracket = _Bracket(start.left, start.right, zero, zero)
+    over = start.inactive | ~start.finite | ~start.feasible
 
     def step(state: _State) -> _State:
         mass, slope, rank = sums(state.tau, state.low)
         g = mass - total
-        on_left = g >= 0
         here = jnp.where(state.fine, state.low, state.tau + state.low)
-        left, right = jnp.where(on_left, here, state.left), jnp.where(on_left, state.right, here)
-        # An end of the bracket that stays counts half (the Illinois rule), so that chords do not creep up on it.
-        g_left = jnp.where(on_left, g, jnp.where(state.g < 0, 0.5, 1) * state.g_left)
-        g_right = jnp.where(on_left, jnp.where(state.g >= 0, 0.5, 1) * state.g_right, g)
+        bracket = state.bracket.narrowed(here, g, state.g)
+        narrow = bracket.right - bracket.left <= 2 * eps * jnp.abs(here)
         small = jnp.abs(g) <= 4 * eps * (jnp.abs(mass) + jnp.abs(total))
-        move = g / jnp.where(slope > 0, slope, 1)
-        narrow = right - left <= 2 * eps * jnp.abs(here)
-        done = small | (state.newton & (rank == state.rank)) | (narrow & state.fine & (jnp.abs(g) <= noise))
+        within_noise = narrow & state.fine & (jnp.abs(g) <= start.noise)
+        done = small | within_noise | (state.newton & (rank == state.rank))
         # Two numbers do not have the digits: x is larger than the bounds are apart by more than the square of the precision.
         given_up = narrow & state.fine & ~done
-        move = jnp.where(slope > 0, move, 0)
-        target = here + move
-        both = (g_left > 0) & (g_right < 0)
-        chord = left + (right - left) * g_left / jnp.where(both, g_left - g_right, 1)
-        middle = left + (right - left) / 2
-        # Towards an infinite end: past the last bound there, where g is linear; and no root is nearer than g over its steepest slope.
-        least = here + g / steepest
-        past = jnp.where(on_left, jnp.maximum(least, last), jnp.minimum(least, first))
-        middle = jnp.where(jnp.isfinite(middle), middle, past)
-        late = (state.steps > _PATIENCE) & (state.steps % 3 == 0)
-        chord = jnp.where(both & (chord > left) & (chord < right), chord, middle)
-        # An end of the bracket that has been looked at is not the root; one that has not may be.
-        inside = ((target > left) | ((target == left) & (g_left == 0))) & (
-            (target < right) | ((target == right) & (g_right == 0))
-        )
-        inside = inside | (
-            jnp.abs(move) <= 4 * eps * jnp.abs(here)
-        )  # a correction of `low`, which the bracket does not resolve
-        # Where bounds are so close that few entries are between them, the slope here says little about g: the chord does.
-        slow = state.newton & both & (jnp.abs(g) > jnp.abs(state.g) / 4)
-        good = (slope > 0) & inside & ~late & ~slow
-        jump = jnp.where(late, middle, chord) - here
-        # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums.
-        move = jnp.where(done | good, move, jump)
+
+        move, newton = _move(here, g, slope, bracket, state, start, done)
         refine = narrow & ~state.fine & ~done
         fine = state.fine | refine
-        left, right = jnp.where(refine, left - state.tau, left), jnp.where(refine, right - state.tau, right)
-        low = jnp.where(refine, left + (right - left) / 2, state.low + move)
+        bracket = bracket.moved(jnp.where(refine, state.tau, 0))
+        low = jnp.where(refine, bracket.middle, state.low + move)
         tau, low = _parts(fine, state.tau, low)
-        return _State(
-            tau,
-            low,
-            left,
-            right,
-            g_left,
-            g_right,
-            g,
-            rank,
-            good & ~refine,
-            fine,
-            jnp.where(given_up, max_steps, state.steps + 1),
-            done,
-        )
+        steps = jnp.where(given_up, max_steps, state.steps + 1)
+        return _State(tau, low, bracket, g, rank, newton & ~refine, fine, steps, done)
 
+    state = _State(tau, zero, bracket, never, never, no, no, jnp.zeros((), jnp.int32), over)
     state = jax.lax.while_loop(lambda s: ~s.done & (s.steps < max_steps), step, state)
-    return Root(state.tau, state.low, state.steps, state.done & finite & feasible, finite, feasible)
+    converged = state.done & start.finite & start.feasible
+    return Root(state.tau, state.low, state.steps, converged, start.finite, start.feasible)
+
+
+def _move(here, g, slope, bracket: _Bracket, state: _State, start: "_Start", done):
+    """(the way to the next iterate, whether it is Newton's)."""
+    eps = float(jnp.finfo(g.dtype).eps)
+    move = jnp.where(slope > 0, g / jnp.where(slope > 0, slope, 1), 0)
+    late = (state.steps > _PATIENCE) & (state.steps % 3 == 0)
+    # `low` may need a correction that the bracket does not resolve.
+    inside = bracket.has(here + move) | (jnp.abs(move) <= 4 * eps * jnp.abs(here))
+    # Where bounds are so close that few entries are between them, the slope here says little about g: the chord does.
+    slow = state.newton & bracket.known & (jnp.abs(g) > jnp.abs(state.g) / 4)
+    newton = (slope > 0) & inside & ~late & ~slow
+    # Towards an infinite end: past the last bound there, where g is linear; and no root is nearer than g over its steepest slope.
+    least = here + g / start.steepest
+    past = jnp.where(g >= 0, jnp.maximum(least, start.last), jnp.minimum(least, start.first))
+    middle = jnp.where(jnp.isfinite(bracket.middle), bracket.middle, past)
+    jump = jnp.where(late, middle, bracket.chord(middle)) - here
+    # The step is taken in the last pass too: it corrects the iterate by the rounding error of the sums.
+    return jnp.where(done | newton, move, jump), newton
 
 
 def _parts(fine, tau, low):
