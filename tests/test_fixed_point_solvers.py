@@ -68,6 +68,38 @@ def test_extrapolation_out_of_the_domain_is_taken_back(kind):
 
 
 @BOTH
+def test_where_the_residual_has_a_minimum_that_is_no_fixed_point(kind):
+    # T(y) - y is (x + y^2) / 2, nearly, about y = 0; the fixed point is 2. Picard iteration drifts through in 49 to 98 steps.
+    def fn(y, x):
+        return jnp.stack([y[0] + 0.25 * (x + y[0] ** 2) * (2 - y[0]), 0.5 * y[1] + 0.3 * y[0], 0.2 * y[1] * y[0]])
+
+    start, gaps = jnp.array([-1.0, 0.0, 0.0]), jnp.array([0.01, 0.02, 0.03, 0.05, 0.1, 0.2])
+    value, steps, found = jax.jit(jax.vmap(lambda x: solve(fn, kind(1e-10, 0.0), start, x)))(gaps)
+    assert jnp.all(found)
+    assert jnp.max(steps) < 200
+    np.testing.assert_allclose(value[:, :2], [[2, 1.2]] * 6, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("solver", "low", "high"),
+    [
+        (dn.Anderson(1e-10, 0.0, history=2, growth=1.0), -10, 0.5),
+        (dn.Broyden(1e-10, 0.0, history=5, growth=1.0), -3, 0.9),
+    ],
+    ids=["anderson", "broyden"],
+)
+def test_runs_of_plain_steps_that_stray_lead_back(solver, low, high):
+    # Picard iteration diverges, and with little memory and no growth allowed extrapolations fail often.
+    Qs = jnp.linalg.qr(jr.normal(jr.key(0), (8, 20, 20)))[0]
+    Ws, bs = (Qs * jnp.linspace(low, high, 20)[None, None]) @ Qs.mT, jr.normal(jr.key(1), (8, 20))
+    run = jax.jit(jax.vmap(lambda W, b: solve(lambda y, x: x[0] @ y + x[1], solver, 0 * b, (W, b))))
+    value, steps, found = run(Ws, bs)
+    assert jnp.all(found)
+    assert jnp.max(steps) < 700
+    np.testing.assert_allclose(jnp.einsum("bij,bj->bi", Ws, value) + bs, value, atol=1e-8)
+
+
+@BOTH
 def test_scale_and_dtype(kind):
     W, b = symmetric(20, 0.95, jr.key(0)), jr.normal(jr.key(1), (20,))
     for dtype, solver in ((jnp.float32, kind(1e-6, 0.0)), (jnp.float64, kind(1e-12, 0.0))):

@@ -1,8 +1,15 @@
 r"""What accelerated fixed-point solvers share: when an extrapolation is taken back, what is kept as the best point, and the loop of a batch.
 
-An extrapolation after which $\|T(y) - y\|$ is more than `growth` times the least since the last restart, or not finite, is taken back: what
+An extrapolation after which $\|T(y) - y\|$ is more than `growth` times the least since the last failure, or not finite, is taken back: what
 the solver has learnt is forgotten, and $y \leftarrow T(y)$ is done from the point before. It can leave the domain of T, or the region
-where T is nearly affine. A plain step is never taken back, so the whole costs at most two evaluations where Picard iteration costs one.
+where T is nearly affine.
+
+That alone does not lead out of places where $\|T(y) - y\|$ has a minimum that is no fixed point: extrapolations go back there again and again,
+where Picard iteration drifts through. (The cells of trained networks have such places once they are no contractions.) So a failure is
+followed by a run of plain steps, twice as long as the run before, until the residual has fallen by a tenth; and a hundred extrapolations in
+which it did not fall by a tenth are a failure as well. Under a map that only the acceleration can solve, plain steps stray: where a
+run makes the residual a hundred times the least, the solve goes back to its best point, and there are no more runs until the residual has
+fallen by a tenth.
 
 *Memory.* A solver keeps rows, one a step, in a ring; which of them count is a mask beside them, so that a row is written once and a restart
 moves nothing. Under `jax.vmap` a while loop whose condition differs from lane to lane writes everything that it carries in every step, to keep
@@ -27,6 +34,9 @@ from .._core.arguments import check_tolerances, integer
 from .._linear.lanes import one_loop
 from .._linear.norms import finite_largest
 
+_PATIENCE = 100  # extrapolations that may go by without the residual falling by a tenth
+_LONGEST = 2**20  # run of plain steps
+
 
 class Progress(eqx.Module):
     """What is known of a solve: T(y) and T(y) - y at the last point that was not taken back, the least residual, the best value."""
@@ -36,10 +46,14 @@ class Progress(eqx.Module):
     size: Float[Array, ""]
     started: Bool[Array, ""]
     extrapolated: Bool[Array, ""]
-    # Least |T(y) - y| since the restart, and over all, with T there; T where it settled, if it has.
+    # Least |T(y) - y| since the last failure, and over all, with T there; T where it settled, if it has.
     least: Float[Array, ""]
     best: Float[Array, ""]
     best_value: Float[Array, " n"]
+    # The residual to be reached next; extrapolations since the last one was or, below zero, plain steps to come; the next run of those.
+    goal: Float[Array, ""]
+    tries: Int[Array, ""]
+    run: Int[Array, ""]
     settled: Bool[Array, ""]
     # A plain step has left the numbers: nothing will come of it.
     lost: Bool[Array, ""]
@@ -52,7 +66,7 @@ class Progress(eqx.Module):
 class Step(NamedTuple):
     """One evaluation of T: its outcome, beside what was known before it.
 
-    - `back`: the step to this point is taken back. `learn`: the two points are neighbours to learn from.
+    - `failed`: what was learnt led nowhere, and is to be forgotten. `learn`: the two points are neighbours to learn from.
     - `put(rows, row, where)` writes the row of this step, at `here`.
     """
 
@@ -60,7 +74,7 @@ class Step(NamedTuple):
     change: Float[Array, " n"]
     size: Float[Array, ""]
     before: Progress
-    back: Bool[Array, ""]
+    failed: Bool[Array, ""]
     learn: Bool[Array, ""]
     here: Bool[Array, " m"]
     put: Callable[[Array, Array, Array], Array]
@@ -122,25 +136,36 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         back = going & before.extrapolated & ~(size <= self.growth * before.least)  # true for NaN
         settles = going & (size <= self.rtol * jax.lax.stop_gradient(finite_largest(value)) + self.atol)
         better = going & (size < before.best) | settles
-        keep = lambda new, old: jnp.where(back, old, new)
+        reached = going & (size <= before.goal)
+        failed = back | going & (before.tries >= _PATIENCE) & ~reached
+        strayed = going & (before.tries < 0) & ~(size <= 100 * before.best)
+        resumed, undone = reached | strayed, back | strayed
+        keep = lambda new, old: jnp.where(undone, old, new)
         progress = Progress(
             value=keep(value, before.value),
             change=keep(change, before.change),
             size=keep(size, before.size),
             started=jnp.ones((), bool),
-            extrapolated=before.started & ~back,
-            least=jnp.where(back, jnp.inf, jnp.minimum(size, before.least)),
+            extrapolated=before.started & ~failed & ~strayed & (reached | (before.tries >= 0)),
+            least=jnp.where(failed | strayed, jnp.inf, jnp.minimum(size, before.least)),
             best=jnp.where(better, size, before.best),
             best_value=jnp.where(better, value, before.best_value),
+            goal=jnp.where(reached, 0.9 * size, before.goal),
+            tries=jnp.where(failed, 1 - before.run, jnp.where(resumed, 0, before.tries + 1)),
+            run=jnp.where(
+                failed, jnp.minimum(2 * before.run, _LONGEST), jnp.where(strayed, 0, jnp.where(reached, 1, before.run))
+            ),
             settled=before.settled | settles,
-            lost=before.lost | going & ~before.extrapolated & ~jnp.isfinite(size),
+            lost=before.lost | going & ~before.extrapolated & ~strayed & ~jnp.isfinite(size),
         )
         here = jnp.arange(rows, dtype=jnp.int32) == slot
         put = _in_place(slot) if together else _masked(here)
-        learn = going & before.started & ~back
-        following, memory = self.extrapolate(memory, Step(value, change, size, before, back, learn, here, put))
+        learn = going & before.started & ~undone
+        following, memory = self.extrapolate(memory, Step(value, change, size, before, failed, learn, here, put))
+        following = jnp.where(progress.extrapolated, following, jnp.where(back, before.value, value))
+        following = jnp.where(strayed, progress.best_value, following)
         # A lane that is done stays where it was: further steps would be made of rounding, and might lead anywhere.
-        return jnp.where(progress.over, y, jnp.where(back, before.value, following)), progress, memory
+        return jnp.where(progress.over, y, following), progress, memory
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
@@ -168,8 +193,9 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
 
 
 def _begin(vector: Float[Array, " n"]) -> Progress:
+    zero = jnp.zeros((), jnp.int32)
     nothing, infinite, no = jnp.zeros_like(vector), jnp.full((), jnp.inf, vector.dtype), jnp.zeros((), bool)
-    return Progress(nothing, nothing, infinite, no, no, infinite, infinite, nothing, no, no)
+    return Progress(nothing, nothing, infinite, no, no, infinite, infinite, nothing, infinite, zero, zero + 1, no, no)
 
 
 def _empty(solver: AbstractAccelerated, vector: Float[Array, " n"], most: int | None = None) -> PyTree:
