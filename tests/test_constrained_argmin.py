@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 import declarative as dn
 
@@ -295,6 +296,10 @@ def test_wrong_arguments_are_named():
         dn.ConstrainedArgmin(lambda y, x: y)(POINT, y0=POINT)
     with pytest.raises(ValueError, match="equality must return floating"):
         dn.ConstrainedArgmin(objective, lambda y, x: jnp.zeros(2, jnp.int32))(POINT, y0=POINT)
+    with pytest.raises(ValueError, match="a `return` missing"):
+        dn.ConstrainedArgmin(objective, inequality=lambda y, x: None)(POINT, y0=POINT)
+    with pytest.raises((ValueError, TypeCheckError), match="make an instance|'solver'"):
+        dn.ConstrainedArgmin(objective, solver=dn.GivenSolution)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="y0.equality"):
         dn.ConstrainedArgmin(objective, lambda y, x: y)(POINT, y0=dn.LagrangePoint(POINT, jnp.zeros(2)))
 

@@ -383,6 +383,8 @@ def test_misuse_is_named():
         dn.FixedPoint(lambda y, x: y, dn.Anderson)  # pyright: ignore[reportArgumentType]  (what is tested)
     with pytest.raises((ValueError, TypeCheckError), match="on_failure"):
         dn.Policy(on_failure="ignore")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="for throw=False"):
+        dn.Root(lambda y, x: y - x, on_failure="zero")
     with pytest.raises(ValueError, match="max_steps"):
         dn.Policy(max_steps=0)
     with pytest.raises(ValueError, match="scalar"):

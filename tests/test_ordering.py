@@ -359,6 +359,9 @@ def test_soft_failures():
         (lambda: dn.SoftSort().solve(jnp.ones(0)), "non-empty floating"),
         (lambda: dn.Isotonic().solve(jnp.arange(3)), "non-empty floating"),
         (lambda: dn.Isotonic().solve((one, one[:2])), "weights must have the shape"),
+        (lambda: dn.SoftRank(adjoint=dn.UnrolledAdjoint()), "has none"),
+        (lambda: dn.Isotonic(adjoint=dn.UnrolledAdjoint()), "has none"),
+        (lambda: dn.SoftSort(adjoint=dn.UnrolledAdjoint()), "has none"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix as optx
 import pytest
+from jaxtyping import TypeCheckError
 
 import declarative as dn
 
@@ -468,6 +469,54 @@ def test_proximal_argmin_with_other_solvers_and_adjoints():
     # A solver of another problem is found out.
     wrong = dn.ProximalArgmin(quadratic, prox, optx.BFGS(1e-10, 1e-10), throw=False)
     assert wrong.solve(LINEAR, y0=jnp.full(6, 0.1)).result == dn.RESULTS.not_a_solution
+
+
+def test_a_prox_and_tolerances_that_a_solver_leaves_open_are_those_of_the_node():
+    prox = lambda v, x, step: dn.prox_lasso(v, 0.3, step)
+    want = dn.ProximalArgmin(quadratic, prox)(LINEAR, y0=jnp.zeros(6))
+    assert np.any(want == 0)
+    for solver in (dn.ProximalGradient(accelerate=False), dn.BlockCoordinateDescent()):
+        got = dn.ProximalArgmin(quadratic, prox, solver)(LINEAR, y0=jnp.zeros(6))
+        np.testing.assert_allclose(got, want, atol=1e-10)
+    with pytest.raises(ValueError, match="ProximalGradient needs rtol and atol"):
+        optx.minimise(quadratic, dn.ProximalGradient(), jnp.zeros(6), LINEAR)
+    with pytest.raises((ValueError, TypeCheckError), match="make an instance|'solver'"):
+        dn.ProximalArgmin(quadratic, prox, dn.ProximalGradient)  # pyright: ignore[reportArgumentType]
+    with pytest.raises((ValueError, TypeCheckError), match="for `FixedPoint`|'solver'"):
+        dn.ProximalArgmin(quadratic, prox, dn.Anderson())  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_maxima_are_no_minima(dtype):
+    away = lambda y, x: -jnp.sum((y - x) ** 2)
+    onto = lambda y, x: jnp.sum((y - x) ** 2) / 2
+    ones, nothing = jnp.ones(2, dtype), lambda v, x, step: v
+    ridge = lambda lam: lambda v, x, step: dn.prox_ridge(v, lam, step)
+    status = lambda fn, prox: dn.ProximalArgmin(fn, prox, throw=False).solve(ones, y0=ones).result
+    assert status(away, nothing) == dn.RESULTS.indefinite
+    # A quadratic that is outweighed: by a penalty below zero, or by the curvature of f.
+    for outcome in (status(onto, ridge(-20.0)), status(away, ridge(0.5))):
+        assert outcome != dn.RESULTS.successful
+    concave = lambda v, x, step: v / (1 - 20 * step)  # what the prox of -20 |y|^2 / 2 would be, were there one
+    assert status(onto, concave) == dn.RESULTS.indefinite
+    assert status(onto, ridge(-0.5)) == dn.RESULTS.successful  # the sum is convex
+    assert status(away, ridge(5.0)) == dn.RESULTS.successful
+
+
+def test_penalties_below_zero_are_not_numbers():
+    x = jnp.array([0.5, -2.0, 0.0])
+    cases: list[tuple[Any, Any]] = [
+        (dn.prox_lasso, -0.1),
+        (dn.prox_elastic_net, (-0.1, 1.0)),
+        (dn.prox_elastic_net, (1.0, -1.0)),
+        (dn.prox_group_lasso, -0.1),
+        (dn.prox_ridge, -1.0),
+        (dn.prox_non_negative_ridge, -2.0),
+        (dn.prox_total_variation, -0.1),
+    ]
+    for prox, parameters in cases:
+        assert jnp.all(jnp.isnan(prox(x, parameters))), prox
+    np.testing.assert_allclose(dn.prox_ridge(x, -0.5), 2 * x)
 
 
 def test_proximal_argmin_gives_gradients_to_closures():

@@ -255,6 +255,14 @@ def modes(adjoint: optx.AbstractAdjoint | dfx.AbstractAdjoint | None) -> frozens
     return ALL_MODES
 
 
+def refuse_unrolling(adjoint: optx.AbstractAdjoint | None, why: str) -> None:
+    """Raises for an adjoint that differentiates iterations, in a node that has none to differentiate: `why` goes on "UnrolledAdjoint ..."."""
+    if isinstance(adjoint, optx.RecursiveCheckpointAdjoint) or (
+        isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls
+    ):
+        raise ValueError(f"{type(adjoint).__name__} {why}")
+
+
 _DENSE = 512
 
 
@@ -323,4 +331,5 @@ __all__ = [
     "default_linear_solver",
     "lax_loop",
     "modes",
+    "refuse_unrolling",
 ]

@@ -59,13 +59,22 @@ def _check_range(value: Any, name: str, low: float, high: float, closed: str, hi
 
 
 def check_tolerances(rtol: Any, atol: Any) -> None:
-    """Of a solver: numbers, not negative, or scalar arrays."""
+    """Of a solver: numbers, not negative, or scalar arrays; or None, both."""
+    if (rtol is None) != (atol is None):
+        raise ValueError("give rtol and atol, or neither of them.")
+    if rtol is None:
+        return
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             _check_range(value, name, 0.0, _INFINITY, "low", "")
         elif not (isinstance(value, (jax.Array, np.ndarray)) and np.ndim(value) == 0):
             hint = "; functions go to the node, `FixedPoint` or `ProximalArgmin`" if callable(value) else ""
             raise ValueError(f"{name} must be a number, at least 0; got {value!r}{hint}.")
+
+
+def require_tolerances(solver: Any, node: str) -> None:
+    if solver.rtol is None:
+        raise ValueError(f"{type(solver).__name__} needs rtol and atol, unless it is the solver of a `{node}`.")
 
 
 def integer(value: Any, name: str, least: int = 1, *, hint: str = "") -> int:

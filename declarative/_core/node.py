@@ -71,7 +71,10 @@ def make_policy(policy: Policy | None, **overrides: Any) -> Policy:
     if not isinstance(policy, Policy):
         raise ValueError(f"policy must be a declarative.Policy, got {policy!r}.")
     fields = {name: getattr(policy, name) for name in ("throw", "on_failure", "max_steps")}
-    return Policy(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
+    policy = Policy(**{**fields, **{name: value for name, value in overrides.items() if value is not None}})
+    if policy.throw and policy.on_failure is not None:
+        raise ValueError(f"on_failure={policy.on_failure!r} is for throw=False: with throw=True a failure raises.")
+    return policy
 
 
 class Solution(eqx.Module):

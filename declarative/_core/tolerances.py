@@ -13,6 +13,7 @@ One argument fixes them all. Let $\epsilon$ be the spacing of the dtype at 1.
 """
 
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -65,3 +66,10 @@ def solver_rtol(solver) -> float | None:
     """The relative tolerance that a given solver stops at, if it says so as a Python number."""
     rtol = getattr(solver, "rtol", None)
     return float(rtol) if isinstance(rtol, (int, float, np.floating)) else None
+
+
+def with_tolerances(solver, rtol: Any, atol: Any):
+    """The solver, with these if it leaves its own open."""
+    if getattr(solver, "rtol", 0) is not None:
+        return solver
+    return eqx.tree_at(lambda s: (s.rtol, s.atol), solver, (rtol, atol), is_leaf=lambda leaf: leaf is None)

@@ -30,7 +30,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from .._core.arguments import check_tolerances, integer
+from .._core.arguments import check_tolerances, integer, require_tolerances
 from .._linear.lanes import one_loop
 from .._linear.norms import finite_largest
 
@@ -95,10 +95,7 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
     growth: eqx.AbstractVar[float]
 
     def __check_init__(self):
-        if (self.rtol is None) != (self.atol is None):
-            raise ValueError("give rtol and atol, or neither of them.")
-        if self.rtol is not None:
-            check_tolerances(self.rtol, self.atol)
+        check_tolerances(self.rtol, self.atol)
         integer(self.history, "history")
         if not self.growth >= 1:
             raise ValueError(f"growth must be at least 1, got {self.growth!r}.")
@@ -169,8 +166,7 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del fn, args, options, f_struct, aux_struct, tags
-        if self.rtol is None:
-            raise ValueError(f"{type(self).__name__} needs rtol and atol, unless it is the solver of a `FixedPoint`.")
+        require_tolerances(self, "FixedPoint")
         vector, _ = ravel_pytree(y)
         return _State(_begin(vector), _empty(self, vector), jnp.zeros((), jnp.int32))
 
@@ -283,10 +279,3 @@ def reciprocal_length(vector: Float[Array, " n"], size: Float[Array, ""]) -> Flo
     scaled = vector * unit
     length = jnp.sqrt(scaled @ scaled)
     return jax.lax.stop_gradient(jnp.where(length > 0, unit / jnp.where(length > 0, length, 1), 0))
-
-
-def with_tolerances(solver, rtol: Any, atol: Any):
-    """The solver, with these for the ones that it leaves open."""
-    if solver.rtol is not None:
-        return solver
-    return eqx.tree_at(lambda s: (s.rtol, s.atol), solver, (rtol, atol), is_leaf=lambda leaf: leaf is None)

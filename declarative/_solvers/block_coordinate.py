@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._core.arguments import check_tolerances
+from .._core.arguments import check_tolerances, require_tolerances
 from .._core.implicit import detach_tree
 from .._linear.norms import largest, maximum
 
@@ -34,8 +34,10 @@ class BlockCoordinateDescent(optx.AbstractMinimiser):
 
     To differentiate the solution, give it to `ProximalArgmin`: see `ProximalGradient`.
 
-    - `rtol`, `atol`: it stops where a sweep changes no entry by more than `rtol * max|y| + atol`.
-    - `prox(v, args, step)`: as for `ProximalGradient`, block by block separable; it sees all of y, and its block i is used. None: g = 0.
+    - `rtol`, `atol`: it stops where a sweep changes no entry by more than `rtol * max|y| + atol`. None, for both: those of the dtype, in
+      `ProximalArgmin`.
+    - `prox(v, args, step)`: as for `ProximalGradient`, block by block separable; it sees all of y, and its block i is used. None:
+      that of the node, in `ProximalArgmin`; else g = 0.
     """
 
     rtol: Any
@@ -44,12 +46,13 @@ class BlockCoordinateDescent(optx.AbstractMinimiser):
     # What optimistix asks of a solver; no use is made of it.
     norm: Any = eqx.field(static=True)
 
-    def __init__(self, rtol: Any, atol: Any, prox: Callable[[PyTree, PyTree, Any], PyTree] | None = None):
+    def __init__(self, rtol: Any = None, atol: Any = None, prox: Callable[[PyTree, PyTree, Any], PyTree] | None = None):
         check_tolerances(rtol, atol)
         self.rtol, self.atol, self.prox, self.norm = rtol, atol, prox, optx.max_norm
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del options, f_struct, aux_struct, tags
+        require_tolerances(self, "ProximalArgmin")
         if not eqx.is_array(y) or y.ndim == 0:
             raise ValueError(
                 "BlockCoordinateDescent takes one array with at least one axis for y: its rows are the blocks."

@@ -23,7 +23,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._core.arguments import check_tolerances
+from .._core.arguments import check_tolerances, require_tolerances
 from .._core.implicit import detach_tree
 from .._linear.norms import largest
 from .proximal_gradient import first_step, gradient_of, search
@@ -40,7 +40,8 @@ class MirrorDescent(optx.AbstractMinimiser):
 
     To differentiate the solution, give it to `ProximalArgmin`: see `ProximalGradient`.
 
-    - `rtol`, `atol`: it stops where the natural residual (see the module) is at most `rtol * max|y| + atol`.
+    - `rtol`, `atol`: it stops where the natural residual (see the module) is at most `rtol * max|y| + atol`. None, for both:
+      those of the dtype, in `ProximalArgmin`.
     - `geometry`: "simplex": entries sum to one (all those of the pytree); "orthant": positive; or a function
       `move(y, gradient, step, args)` that returns the y of (1) for a Bregman divergence of your own.
     - `step_size`: s, used as it is; None: found on the way.
@@ -58,8 +59,8 @@ class MirrorDescent(optx.AbstractMinimiser):
 
     def __init__(
         self,
-        rtol: Any,
-        atol: Any,
+        rtol: Any = None,
+        atol: Any = None,
         geometry: str | Callable[[PyTree, PyTree, Any, PyTree], PyTree] = "simplex",
         step_size: Any = None,
     ):
@@ -70,6 +71,7 @@ class MirrorDescent(optx.AbstractMinimiser):
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del options, f_struct, aux_struct, tags
+        require_tolerances(self, "ProximalArgmin")
         vector, unravel = ravel_pytree(y)
         still_fn, still, still_args = detach_tree((fn, vector, args))
         euclidean = first_step(still_fn, still, still_args, unravel)

@@ -23,7 +23,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, PyTree
 
-from .._core.arguments import check_tolerances
+from .._core.arguments import check_tolerances, require_tolerances
 from .._core.implicit import detach_tree
 from .._linear.norms import largest, norm
 
@@ -38,14 +38,17 @@ class _State(eqx.Module):
 
 
 class ProximalGradient(optx.AbstractMinimiser):
-    """For `optimistix.minimise(fn, ProximalGradient(rtol, atol, prox), y0, args)`, or `ProximalArgmin(objective, prox, solver=...)`.
+    """For `optimistix.minimise(fn, ProximalGradient(rtol, atol, prox), y0, args)`, or
+    `ProximalArgmin(objective, prox, solver=ProximalGradient(accelerate=False))`.
 
     Differentiate `ProximalArgmin`. The default adjoint of a plain `optx.minimise` differentiates "the gradient of fn vanishes", and knows
     nothing of a prox: its gradient would be wrong. (`adjoint=UnrolledAdjoint()` is right there.)
 
-    - `rtol`, `atol`: it stops where a step changes the largest entry by at most `rtol * max|y| + atol`.
+    - `rtol`, `atol`: it stops where a step changes the largest entry by at most `rtol * max|y| + atol`. None, for both: those of the
+      dtype, in `ProximalArgmin`.
     - `prox(v, args, step)`: the proximity operator of `step * g` at v, for the `args` of the objective. Those of this library fit where
-      args are their parameters; else write `lambda v, args, step: prox_lasso(v, args["lam"], step)`. None: g = 0.
+      args are their parameters; else write `lambda v, args, step: prox_lasso(v, args["lam"], step)`. None: that of the node, in
+      `ProximalArgmin`; else g = 0.
     - `step_size`: s, used as it is, below 1 / (largest curvature of f); None: found on the way.
     - `accelerate`: False for plain proximal gradient steps.
     """
@@ -60,8 +63,8 @@ class ProximalGradient(optx.AbstractMinimiser):
 
     def __init__(
         self,
-        rtol: Any,
-        atol: Any,
+        rtol: Any = None,
+        atol: Any = None,
         prox: Callable[[PyTree, PyTree, Any], PyTree] | None = None,
         step_size: Any = None,
         accelerate: bool = True,
@@ -72,6 +75,7 @@ class ProximalGradient(optx.AbstractMinimiser):
 
     def init(self, fn, y, args, options, f_struct, aux_struct, tags):
         del options, f_struct, aux_struct, tags
+        require_tolerances(self, "ProximalArgmin")
         vector, unravel = ravel_pytree(y)
         one = jnp.ones((), vector.dtype)
         if self.step_size is None:

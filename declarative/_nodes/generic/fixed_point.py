@@ -25,9 +25,9 @@ from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
 from ..._core.results import RESULTS, choose
-from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances, with_tolerances, zero_tolerance
 from ..._linear.biconjugate import NearIdentity, NearIdentityState
-from ..._solvers.accelerated import AbstractAccelerated, accelerate, with_tolerances
+from ..._solvers.accelerated import AbstractAccelerated, accelerate
 from ..._solvers.broyden import Broyden
 from ..._solvers.picard import Picard
 from .root import check_function, check_shape, check_solver, require_guess

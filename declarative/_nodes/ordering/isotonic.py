@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from ..._core.adjoint import refuse_unrolling
 from ..._core.arguments import flag
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
@@ -76,6 +77,7 @@ class Isotonic(AbstractDeclarativeNode):
         max_steps: int | None = None,
     ):
         self.increasing = flag(increasing, "increasing")
+        refuse_unrolling(adjoint, "unrolls iterations, and isotonic regression has none: use adjoint=None.")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

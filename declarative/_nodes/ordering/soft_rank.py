@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Float
 
+from ..._core.adjoint import refuse_unrolling
 from ..._core.arguments import flag
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from . import permutahedron
@@ -65,6 +66,7 @@ class SoftRank(AbstractDeclarativeNode):
     ):
         self.strength = permutahedron.checked_strength(strength)
         self.descending = flag(descending, "descending")
+        refuse_unrolling(adjoint, "unrolls iterations, and soft ranking has none: use adjoint=None.")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
 

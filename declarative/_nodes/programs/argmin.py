@@ -35,7 +35,7 @@ import optimistix as optx
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from ..._core.adjoint import AbstractAdjoint
+from ..._core.adjoint import AbstractAdjoint, refuse_unrolling
 from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, solve_system
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, make_policy
@@ -137,14 +137,14 @@ class ConstrainedArgmin(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        unrolls = isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
-        if unrolls or (isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls):
-            raise ValueError(
-                f"{type(adjoint).__name__} would differentiate the search for the active constraints, which has no derivative of use. "
-                "The implicit gradient is exact: use ImplicitAdjoint(), or adjoint=None."
-            )
+        refuse_unrolling(
+            adjoint,
+            "would differentiate the search for the active constraints, which has no derivative of use. The implicit gradient is exact: use "
+            "ImplicitAdjoint(), or adjoint=None.",
+        )
         if solver is not None and not isinstance(solver, GivenSolution):
-            raise ValueError(f"solver must be None or a GivenSolution, got {type(solver).__name__}.")
+            got = f"the class {solver.__name__} itself: make an instance" if isinstance(solver, type) else repr(solver)
+            raise ValueError(f"solver must be None or a GivenSolution, got {got}.")
         if minimum_norm and not isinstance(adjoint, LeastMotion | None):
             raise ValueError("minimum_norm brings its own adjoint: leave adjoint=None.")
         self.fn = check_function(objective, "objective")
@@ -166,6 +166,10 @@ class ConstrainedArgmin(AbstractDeclarativeNode):
         for name in ("equality", "inequality"):
             fn, guess = getattr(self, name), getattr(given, name)
             shape = None if fn is None else eqx.filter_eval_shape(fn, primal, x)
+            if fn is not None and not jtu.tree_leaves(shape):
+                raise ValueError(
+                    f"{name} returned {shape}, no arrays: is a `return` missing? Pass {name}=None for no constraint."
+                )
             for leaf in jtu.tree_leaves(shape):
                 if not jnp.issubdtype(getattr(leaf, "dtype", np.dtype(object)), jnp.floating):
                     raise ValueError(f"{name} must return floating-point arrays, got {shape}.")

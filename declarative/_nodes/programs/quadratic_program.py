@@ -42,7 +42,7 @@ from jax.experimental.sparse import JAXSparse
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from ..._core.adjoint import AbstractAdjoint, lax_loop
+from ..._core.adjoint import lax_loop, refuse_unrolling
 from ..._core.arguments import integer, number
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
@@ -160,12 +160,11 @@ class QuadraticProgram(AbstractDeclarativeNode):
             raise ValueError(f"elastic must be True, False, None or a positive penalty weight, got {elastic!r}.")
         if dependent_equations is not None:
             dependent_equations = integer(dependent_equations, "dependent_equations", 0, hint=" or None")
-        unrolls = isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
-        if unrolls or (isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls):
-            raise ValueError(
-                f"{type(adjoint).__name__} would differentiate interior-point iterations, whose last ones divide by what tends to "
-                "zero. The implicit gradient is exact: use ImplicitAdjoint(), or adjoint=None."
-            )
+        refuse_unrolling(
+            adjoint,
+            "would differentiate interior-point iterations, whose last ones divide by what tends to zero. The implicit gradient is exact: "
+            "use ImplicitAdjoint(), or adjoint=None.",
+        )
         self.gradient = gradient  # pyright: ignore[reportAttributeAccessIssue]  (checked above)
         self.dependent_equations = dependent_equations
         self.smoothing = number(smoothing, "smoothing")

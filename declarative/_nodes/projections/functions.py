@@ -159,6 +159,9 @@ def projection_polyhedron(
 
     `check_feasible=True` raises a `SolveError` where it is empty, also under `jit`. (JAXopt's default is True, which it cannot jit.)
     """
+    if not isinstance(hyperparams, tuple | list) or len(hyperparams) != 4:
+        got = f"{len(hyperparams)} of them" if isinstance(hyperparams, tuple | list) else type(hyperparams).__name__
+        raise ValueError(f"hyperparams must be (A, b, G, h), None for what there is not; got {got}.")
     return Projection(Polyhedron(*hyperparams), throw=check_feasible)(jnp.asarray(x))
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optimistix as optx
 from jaxtyping import Array, Bool, Float
 
-from ..._core.adjoint import AbstractAdjoint, ImplicitAdjoint
+from ..._core.adjoint import ImplicitAdjoint, refuse_unrolling
 from ..._core.node import AbstractDeclarativeNode, Policy, evaluate, make_policy
 from .sets import AbstractSet, check, keep, pack
 
@@ -64,12 +64,7 @@ class Projection(AbstractDeclarativeNode):
     ):
         if not isinstance(onto, AbstractSet):
             raise ValueError(f"onto must be a set, such as `declarative.Simplex()`; got {onto!r}.")
-        if isinstance(adjoint, optx.RecursiveCheckpointAdjoint) or (
-            isinstance(adjoint, AbstractAdjoint) and adjoint.unrolls
-        ):
-            raise ValueError(
-                f"{type(adjoint).__name__} unrolls iterations, and a projection has none: use adjoint=None."
-            )
+        refuse_unrolling(adjoint, "unrolls iterations, and a projection has none: use adjoint=None.")
         self.onto = onto
         self.adjoint = ImplicitAdjoint() if adjoint is None and not onto.closed_form else adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)

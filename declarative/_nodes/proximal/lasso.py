@@ -8,7 +8,7 @@ import optimistix as optx
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from ..._core.adjoint import AbstractAdjoint
+from ..._core.adjoint import refuse_unrolling
 from ..._core.arguments import integer
 from ..._core.implicit import LinearSystem, Run
 from ..._core.node import AbstractDeclarativeNode, Policy, envelope, evaluate, make_policy
@@ -84,14 +84,9 @@ class Lasso(AbstractDeclarativeNode):
         on_failure: Literal["nan", "zero"] | None = None,
         max_steps: int | None = None,
     ):
-        if (
-            isinstance(adjoint, AbstractAdjoint)
-            and adjoint.unrolls
-            or isinstance(adjoint, optx.RecursiveCheckpointAdjoint)
-        ):
-            raise ValueError(
-                f"Lasso's iterations are not for differentiation: use adjoint=None, or ProximalArgmin with {type(adjoint).__name__}."
-            )
+        refuse_unrolling(
+            adjoint, "would unroll iterations that are not for differentiation: use adjoint=None, or ProximalArgmin."
+        )
         self.k_max = None if k_max is None else integer(k_max, "k_max", hint=" or None")
         self.adjoint = adjoint
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)

@@ -3,7 +3,8 @@ r"""Proximity operators $\mathrm{prox}_{sg}(x) = \arg\min_y \tfrac12\|y - x\|^2 
 All are called as `prox(x, parameters, scaling)`, with $s$ = `scaling`, on a pytree of floating arrays; a parameter is a number (for every
 entry) or a pytree like x. They are derivatives' building blocks: exact in both modes, to any order, also in parameters and scaling.
 Where two pieces meet, the derivative is that of the piece on which the value is zero or constant. With a parameter of 0 the
-operator is the identity, and so is its derivative, at 0 too. Parameters are at least 0; NaN stays NaN.
+operator is the identity, and so is its derivative, at 0 too. NaN stays NaN, and so become parameters below 0 for which there is no minimum, or
+for which g is concave across its kink.
 """
 
 from collections.abc import Callable
@@ -35,7 +36,7 @@ def prox_elastic_net(x: PyTree, parameters: tuple[Any, Any] = (1.0, 1.0), scalin
 
     def one(x, lam, gamma):
         strength = _cast(scaling, x) * lam
-        return _soften(x, strength) / (1 + strength * gamma)
+        return _shrunk(_soften(x, strength), strength * gamma)
 
     lam, gamma = parameters
     return jtu.tree_map(one, x, _like(lam, x), _like(gamma, x))
@@ -53,13 +54,14 @@ def prox_group_lasso(x: PyTree, l2reg: Any = 1.0, scaling: Any = 1.0) -> PyTree:
     inside = (squares <= strength**2) & (strength > 0)
     zero = squares == 0
     # Of an infinite entry the direction is unknown: NaN.
+    strength = jnp.where(strength < 0, jnp.nan, strength)
     factor = jnp.where(inside, 0, 1 - strength / jnp.sqrt(jnp.where(inside | zero, 1, squares)))
     return jtu.tree_map(lambda leaf: jnp.where(inside, 0, factor.astype(leaf.dtype) * leaf), x)
 
 
 def prox_ridge(x: PyTree, l2reg: Any = 1.0, scaling: Any = 1.0) -> PyTree:
     r"""Of $g(y) = \tfrac12\sum_i \lambda_i y_i^2$: $x / (1 + s\lambda)$."""
-    return jtu.tree_map(lambda x, lam: x / (1 + _cast(scaling, x) * lam), x, _like(l2reg, x))
+    return jtu.tree_map(lambda x, lam: _shrunk(x, _cast(scaling, x) * lam), x, _like(l2reg, x))
 
 
 def prox_non_negative_lasso(x: PyTree, l1reg: Any = 1.0, scaling: Any = 1.0) -> PyTree:
@@ -69,7 +71,7 @@ def prox_non_negative_lasso(x: PyTree, l1reg: Any = 1.0, scaling: Any = 1.0) -> 
 
 def prox_non_negative_ridge(x: PyTree, l2reg: Any = 1.0, scaling: Any = 1.0) -> PyTree:
     r"""Of $g(y) = \tfrac12\sum_i \lambda_i y_i^2$ for $y \ge 0$: $\max(x, 0) / (1 + s\lambda)$. At 0 the derivative is that of 0."""
-    return jtu.tree_map(lambda x, lam: _positive(x) / (1 + _cast(scaling, x) * lam), x, _like(l2reg, x))
+    return jtu.tree_map(lambda x, lam: _shrunk(_positive(x), _cast(scaling, x) * lam), x, _like(l2reg, x))
 
 
 def prox_total_variation(x: Array, strength: Any = 1.0, scaling: Any = 1.0) -> Array:
@@ -85,7 +87,11 @@ def prox_total_variation(x: Array, strength: Any = 1.0, scaling: Any = 1.0) -> A
 
 
 def make_prox_from_projection(projection: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    """The prox of the indicator of a convex set, from the projection onto it: `projection(x)` or, with parameters, `projection(x, parameters)`."""
+    """The prox of the indicator of a convex set, from the projection onto it: `projection(x)` or, with parameters, `projection(x, parameters)`.
+
+    In `ProximalArgmin` the parameters of a prox are *all the data of the node*: where those are not the projection's parameters, write
+    `lambda v, x, step: projection(v, x["radius"])`, or `lambda v, x, step: projection(v)`.
+    """
 
     def prox(x: PyTree, parameters: Any = None, scaling: Any = 1.0) -> PyTree:
         del scaling  # A set has no strength.
@@ -96,7 +102,13 @@ def make_prox_from_projection(projection: Callable[..., PyTree]) -> Callable[...
 
 def _soften(x, strength):
     # The value with the sign of x on its support; `where` and not `maximum`, whose derivative at a tie is a half.
+    strength = jnp.where(strength < 0, jnp.nan, strength)
     return jnp.where((jnp.abs(x) <= strength) & (strength > 0), 0, x - strength * jnp.sign(x))
+
+
+def _shrunk(x, strength):
+    # Past -1 the quadratic is stronger than the distance, and has no minimum.
+    return x / jnp.where(strength <= -1, jnp.nan, 1 + strength)
 
 
 def _positive(x):

@@ -25,11 +25,12 @@ from ..._core.arguments import number
 from ..._core.closure import close
 from ..._core.implicit import LinearSystem, Run, detach_tree, typical_scale
 from ..._core.node import AbstractDeclarativeNode, Policy, make_policy
-from ..._core.tolerances import check_rtol, solver_rtol, tolerances, zero_tolerance
+from ..._core.results import RESULTS, choose
+from ..._core.tolerances import check_rtol, solver_rtol, tolerances, with_tolerances, zero_tolerance
 from ..._linear.norms import norm
 from ..._linear.support import ConjugateGradients, Restricted
 from ..._solvers.proximal_gradient import ProximalGradient
-from ..generic.root import check_function, check_shape, require_guess
+from ..generic.root import check_function, check_shape, check_solver, require_guess
 
 _DENSE = 512  # unknowns, as for every node: dense elimination up to here
 
@@ -44,13 +45,15 @@ class ProximalArgmin(AbstractDeclarativeNode):
       fit where x are their parameters; else `lambda v, x, step: dn.prox_lasso(v, x["lam"], step)`. For a convex set, its
       projection: `lambda v, x, step: project(v)`. It must be differentiable in forward mode, and is where the solution's kinks come from.
     - `solver`: any optimistix minimiser that knows the prox (`ProximalGradient`, `ProjectedGradient`, `MirrorDescent`,
-      `BlockCoordinateDescent`), used verbatim; None: `ProximalGradient` at the tolerance of the dtype.
+      `BlockCoordinateDescent`), used as it is, but for a prox and tolerances that it leaves open; None: `ProximalGradient()`.
     - `adjoint`: how gradients flow; None: `ImplicitAdjoint()`. Neumann and one-step adjoints need `step_size`.
-    - `step_size`: s, in (K1), in `step` and for the default solver; below 2 / (largest curvature of f). None: found from curvatures.
+    - `step_size`: s, in (K1), in `step` and for the default solver, which diverges unless it is at most 1 / (largest curvature of f).
+      None: found from curvatures.
     - `throw`, `on_failure`, `max_steps`: see `Policy`.
 
-    **Returns:** `y`, a pytree like `y0`. A solver that knows another prox, or none, ends in `RESULTS.not_a_solution`. No gradient flows
-    to `y0` except through `UnrolledAdjoint`.
+    **Returns:** `y`, a pytree like `y0`: a point of (K1) about which f + g is not concave along one fixed direction of those that the
+    prox leaves open (else `RESULTS.indefinite`). A solver that knows another prox, or none, ends in `RESULTS.not_a_solution`. No gradient
+    flows to `y0` except through `UnrolledAdjoint`.
     **Raises:** as `Argmin`.
     **Reference:** Parikh & Boyd 2014, *Proximal algorithms*, section 4.2: (K1); Bertrand et al. 2022, arXiv:2105.01637 (the support).
     """
@@ -81,7 +84,9 @@ class ProximalArgmin(AbstractDeclarativeNode):
         if not callable(prox):
             raise ValueError(f"prox must be a function of (v, x, step), got {type(prox).__name__}.")
         self.prox = prox
-        self.solver = solver
+        self.solver = check_solver(
+            solver, (optx.AbstractMinimiser,), "ProximalArgmin", "minimiser (`ProximalGradient` and its like)"
+        )
         self.adjoint = adjoint
         self.step_size = None if step_size is None else number(step_size, "step_size")
         self.policy = make_policy(policy, throw=throw, on_failure=on_failure, max_steps=max_steps)
@@ -127,12 +132,31 @@ class ProximalArgmin(AbstractDeclarativeNode):
         dtype = jnp.result_type(*jtu.tree_leaves(y0))
         check_rtol(self.solver, dtype)
         tol, scale = tolerances(dtype), typical_scale(lambda y: self.optimality(y, x), y0)
-        atol = zero_tolerance(tol.solver) * scale
-        solver = ProximalGradient(tol.solver, atol, self.prox, self.step_size) if self.solver is None else self.solver
+        solver = ProximalGradient(step_size=self.step_size) if self.solver is None else self.solver
+        solver = with_tolerances(solver, tol.solver, zero_tolerance(tol.solver) * scale)
+        if getattr(solver, "prox", self.prox) is None:
+            solver = eqx.tree_at(lambda s: s.prox, solver, self.prox, is_leaf=lambda leaf: leaf is None)
         out = optx.minimise(
             self.fn, solver, y0, x, max_steps=self.policy.max_steps, adjoint=PlainLoop(loop), throw=False
         )
-        return Run(out.value, out.result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
+        result = choose(self._concave(out.value, x), RESULTS.indefinite, RESULTS.promote(out.result))
+        return Run(out.value, result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
+
+    def _concave(self, y, x):
+        """Whether f + g curves down, beyond rounding, along what the prox makes of one fixed direction; or the prox is none of a minimum.
+
+        With D the Jacobian of the prox and u = Dd, the second derivative of s(f + g) along u is s u.Hu + u.(d - u). That of a prox has d.u >= 0.
+        """
+        fn, prox, x, y = detach_tree((self.fn, self.prox, x, y))
+        vector, unravel = ravel_pytree(y)
+        size = self._step_size(y, x)
+        gradient = lambda v: ravel_pytree(jax.grad(fn)(unravel(v), x))[0]
+        d = jnp.cos(jnp.arange(1, vector.size + 1).astype(vector.dtype))
+        moved = vector - size * gradient(vector)
+        u = jax.jvp(lambda v: ravel_pytree(prox(unravel(v), x, size))[0], (moved,), (d,))[1]
+        bent = size * jax.jvp(gradient, (vector,), (u,))[1]
+        noise = float(jnp.finfo(vector.dtype).eps) ** 0.5 * norm(u)
+        return (u @ bent + u @ (d - u) < -noise * (norm(bent) + norm(d - u))) | (d @ u < -noise * norm(d))
 
     def linear_system(self, y, x, factor):
         del factor
