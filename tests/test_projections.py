@@ -413,7 +413,7 @@ def test_misuse_raises():
         (lambda: dn.Polyhedron(A=jnp.ones((1, 4))), "come together"),
         (lambda: dn.Projection(dn.Simplex), "onto must be a set"),
         (lambda: dn.Projection(dn.Simplex(), adjoint=dn.UnrolledAdjoint()), "has none"),
-        (lambda: dn.projection_polyhedron(jnp.ones(3), (jnp.ones((1, 3)), jnp.ones(1))), r"\(A, b, G, h\).*got 2"),
+        (lambda: dn.projection_polyhedron(x, (x[None], x[:1])), r"\(A, b, G, h\).*got 2"),  # pyright: ignore[reportArgumentType]
         (lambda: dn.projection_sparse_simplex(x, 5), "max_nz must be between"),
     ):
         with pytest.raises(ValueError, match=words):
