@@ -155,8 +155,10 @@ class ProximalArgmin(AbstractDeclarativeNode):
         moved = vector - size * gradient(vector)
         u = jax.jvp(lambda v: ravel_pytree(prox(unravel(v), x, size))[0], (moved,), (d,))[1]
         bent = size * jax.jvp(gradient, (vector,), (u,))[1]
-        noise = float(jnp.finfo(vector.dtype).eps) ** 0.5 * norm(u)
-        return (u @ bent + u @ (d - u) < -noise * (norm(bent) + norm(d - u))) | (d @ u < -noise * norm(d))
+        # D is about 1 at most, so u is known to about eps.
+        eps, long = float(jnp.finfo(vector.dtype).eps), norm(d) ** 2
+        noise = eps**0.5 * norm(u) * (norm(bent) + norm(d - u)) + 64 * eps * long
+        return (u @ bent + u @ (d - u) < -noise) | (d @ u < -(eps**0.5) * long)
 
     def linear_system(self, y, x, factor):
         del factor
