@@ -21,8 +21,8 @@ class RESULTS(optx.RESULTS):  # pyright: ignore[reportGeneralTypeIssues]  (an En
     )
     infeasible = (
         "The problem has no feasible point: its constraints contradict one another (bounds that cross, an equation out of reach, masses of "
-        "different totals), or none was found from this `y0`. Loosen them, or penalise them in the objective "
-        "(`QuadraticProgram(elastic=True)`, `EntropicTransport(rho=...)`)."
+        "different totals). Loosen them, or penalise them in the objective (`QuadraticProgram(elastic=True)`, `EntropicTransport(rho=...)`). "
+        "`ConstrainedArgmin` looks about its `y0` only: try another."
     )
     unbounded = "The objective is unbounded below on the feasible set: bound the unknown, or add a small quadratic term. (A sign?)"
     indefinite = (
