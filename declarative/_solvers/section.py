@@ -262,32 +262,31 @@ def _start(x, lower, upper, w, total, mask) -> _Start:
         ]
         first, last = jnp.minimum(*meets[:2]), jnp.maximum(*meets[2:])
     else:
-        low, high, counts = lower * ones, upper * ones, kept(w * ones) != 0
-        bad = jnp.isnan(low) | jnp.isnan(high)
-        meets = [
-            (counts & jnp.isfinite(bound), (x - jnp.where(jnp.isfinite(bound), bound, 0)) / jnp.where(counts, w, 1))
-            for bound in (low, high)
-        ]
-        known = [does & jnp.isfinite(point) for does, point in meets]  # beside a tiny weight the quotient may overflow
-        far = [jnp.where(does & ~jnp.isfinite(point), ones, 0) for does, point in meets]
-        least, most = (
-            [jnp.where(here, point, nothing) for here, (_, point) in zip(known, meets, strict=True)]
-            for nothing in (jnp.inf, -jnp.inf)
-        )
+        each = jnp.ones_like(lower * upper * w)
+        low, high, counts = lower * each, upper * each, kept(w * each) != 0
         ends = [jnp.where(counts, w * bound, 0) for bound in (low, high)]
         highest, lowest = jnp.maximum(*ends), jnp.minimum(*ends)
-        moment, square, crossed, top, bottom, *heights, beyond, first, last = row_reductions(
-            ("sum", kept(w * x)),
-            ("sum", kept(w * w * ones)),
-            ("sum", kept(jnp.where(bad, jnp.nan, jnp.where(low > high, ones, 0)))),
-            ("sum", highest),
-            ("sum", lowest),
-            ("sum", jnp.abs(highest)),
-            ("sum", jnp.abs(lowest)),
-            ("sum", jnp.maximum(*far)),
-            ("min", jnp.minimum(*least)),
-            ("max", jnp.maximum(*most)),
+        # Apart from what is of x: a batch of x has bounds and weights in common, as a rule.
+        bad = jnp.isnan(low) | jnp.isnan(high)
+        square, crossed, top, bottom, *heights = row_sums(
+            kept(w * w * each),
+            kept(jnp.where(bad, jnp.nan, jnp.where(low > high, each, 0))),
+            highest,
+            lowest,
+            jnp.abs(highest),
+            jnp.abs(lowest),
         )
+        # Beside a tiny weight the quotient may overflow: `first` or `last` is infinite then.
+        weight = jnp.where(counts, w, 1)
+        meets = [
+            (counts & jnp.isfinite(bound), (x - jnp.where(jnp.isfinite(bound), bound, 0)) / weight)
+            for bound in (low, high)
+        ]
+        least, most = ([jnp.where(does, point, nothing) for does, point in meets] for nothing in (jnp.inf, -jnp.inf))
+        moment, first, last = row_reductions(
+            ("sum", kept(w * x)), ("min", jnp.minimum(*least)), ("max", jnp.maximum(*most))
+        )
+        beyond = jnp.where((first == -jnp.inf) | (last == jnp.inf), 1.0, 0.0)
     finite, free, steepest = _unbounded(moment, square, total)
     eps = float(jnp.finfo(x.dtype).eps)
     over, under = (_noise(x, total, height) for height in heights)
