@@ -299,7 +299,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="a `return` missing"):
         dn.ConstrainedArgmin(objective, inequality=lambda y, x: None)(POINT, y0=POINT)
     with pytest.raises((ValueError, TypeCheckError), match="make an instance|'solver'"):
-        dn.ConstrainedArgmin(objective, solver=dn.GivenSolution)  # pyright: ignore[reportArgumentType]
+        dn.ConstrainedArgmin(objective, solver=dn.GivenSolution)  # pyright: ignore[reportArgumentType]  (what is tested)
     with pytest.raises(ValueError, match="y0.equality"):
         dn.ConstrainedArgmin(objective, lambda y, x: y)(POINT, y0=dn.LagrangePoint(POINT, jnp.zeros(2)))
 

@@ -419,7 +419,7 @@ def test_misuse_raises():
         with pytest.raises(ValueError, match=words):
             call()
     with pytest.raises((ValueError, TypeCheckError), match=r"\(A, b, G, h\).*got 2|'hyperparams'"):
-        dn.projection_polyhedron(x, (x[None], x[:1]))  # pyright: ignore[reportArgumentType]
+        dn.projection_polyhedron(x, (x[None], x[:1]))  # pyright: ignore[reportArgumentType]  (what is tested)
 
 
 def test_functions_that_are_not_sets():

@@ -444,7 +444,7 @@ def test_solvers_take_rows_as_blocks_and_mirrors_of_ones_own():
     out = optx.minimise(fn, dn.MirrorDescent(1e-12, 0.0, move), jnp.ones((3, 2)), target, max_steps=5000)
     np.testing.assert_allclose(out.value, target, atol=1e-10)
     with pytest.raises(ValueError, match="geometry must be"):
-        dn.MirrorDescent(1e-6, 0.0, "sphere")  # pyright: ignore[reportArgumentType]
+        dn.MirrorDescent(1e-6, 0.0, "sphere")  # pyright: ignore[reportArgumentType]  (what is tested)
 
 
 def test_proximal_argmin_with_other_solvers_and_adjoints():
@@ -481,9 +481,9 @@ def test_a_prox_and_tolerances_that_a_solver_leaves_open_are_those_of_the_node()
     with pytest.raises(ValueError, match="ProximalGradient needs rtol and atol"):
         optx.minimise(quadratic, dn.ProximalGradient(), jnp.zeros(6), LINEAR)
     with pytest.raises((ValueError, TypeCheckError), match="make an instance|'solver'"):
-        dn.ProximalArgmin(quadratic, prox, dn.ProximalGradient)  # pyright: ignore[reportArgumentType]
+        dn.ProximalArgmin(quadratic, prox, dn.ProximalGradient)  # pyright: ignore[reportArgumentType]  (what is tested)
     with pytest.raises((ValueError, TypeCheckError), match="for `FixedPoint`|'solver'"):
-        dn.ProximalArgmin(quadratic, prox, dn.Anderson())  # pyright: ignore[reportArgumentType]
+        dn.ProximalArgmin(quadratic, prox, dn.Anderson())  # pyright: ignore[reportArgumentType]  (what is tested)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
