@@ -6,10 +6,9 @@ where T is nearly affine.
 
 That alone does not lead out of places where $\|T(y) - y\|$ has a minimum that is no fixed point: extrapolations go back there again and again,
 where Picard iteration drifts through. (The cells of trained networks have such places once they are no contractions.) So a failure is
-followed by a run of plain steps, twice as long as the run before, until the residual has fallen by a tenth; and a hundred extrapolations in
-which it did not fall by a tenth are a failure as well. Under a map that only the acceleration can solve, plain steps stray: where a
-run makes the residual a hundred times the least, the solve goes back to its best point, and there are no more runs until the residual has
-fallen by a tenth.
+followed by a run of plain steps, twice as long as the run before, until the residual has fallen by a tenth. Under a map that only
+the acceleration can solve, plain steps stray: where a run makes the residual a hundred times the least, the solve goes back to its best
+point, and there are no more runs until the residual has fallen by a tenth.
 
 *Memory.* A solver keeps rows, one a step, in a ring; which of them count is a mask beside them, so that a row is written once and a restart
 moves nothing. Under `jax.vmap` a while loop whose condition differs from lane to lane writes everything that it carries in every step, to keep
@@ -34,7 +33,6 @@ from .._core.arguments import check_tolerances, integer, require_tolerances
 from .._linear.lanes import one_loop
 from .._linear.norms import finite_largest
 
-_PATIENCE = 100  # extrapolations that may go by without the residual falling by a tenth
 _LONGEST = 2**20  # run of plain steps
 
 
@@ -50,9 +48,9 @@ class Progress(eqx.Module):
     least: Float[Array, ""]
     best: Float[Array, ""]
     best_value: Float[Array, " n"]
-    # The residual to be reached next; extrapolations since the last one was or, below zero, plain steps to come; the next run of those.
+    # The residual to be reached next; plain steps to come; how many after the next failure.
     goal: Float[Array, ""]
-    tries: Int[Array, ""]
+    due: Int[Array, ""]
     run: Int[Array, ""]
     settled: Bool[Array, ""]
     # A plain step has left the numbers: nothing will come of it.
@@ -66,7 +64,7 @@ class Progress(eqx.Module):
 class Step(NamedTuple):
     """One evaluation of T: its outcome, beside what was known before it.
 
-    - `failed`: what was learnt led nowhere, and is to be forgotten. `learn`: the two points are neighbours to learn from.
+    - `back`: the step to this point is taken back. `learn`: the two points are neighbours to learn from.
     - `put(rows, row, where)` writes the row of this step, at `here`.
     """
 
@@ -74,7 +72,7 @@ class Step(NamedTuple):
     change: Float[Array, " n"]
     size: Float[Array, ""]
     before: Progress
-    failed: Bool[Array, ""]
+    back: Bool[Array, ""]
     learn: Bool[Array, ""]
     here: Bool[Array, " m"]
     put: Callable[[Array, Array, Array], Array]
@@ -134,23 +132,24 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         settles = going & (size <= self.rtol * jax.lax.stop_gradient(finite_largest(value)) + self.atol)
         better = going & (size < before.best) | settles
         reached = going & (size <= before.goal)
-        failed = back | going & (before.tries >= _PATIENCE) & ~reached
-        strayed = going & (before.tries < 0) & ~(size <= 100 * before.best)
-        resumed, undone = reached | strayed, back | strayed
+        strayed = going & (before.due > 0) & ~(size <= 100 * before.best)
+        undone = back | strayed
         keep = lambda new, old: jnp.where(undone, old, new)
         progress = Progress(
             value=keep(value, before.value),
             change=keep(change, before.change),
             size=keep(size, before.size),
             started=jnp.ones((), bool),
-            extrapolated=before.started & ~failed & ~strayed & (reached | (before.tries >= 0)),
-            least=jnp.where(failed | strayed, jnp.inf, jnp.minimum(size, before.least)),
+            extrapolated=before.started & ~undone & (reached | (before.due == 0)),
+            least=jnp.where(undone, jnp.inf, jnp.minimum(size, before.least)),
             best=jnp.where(better, size, before.best),
             best_value=jnp.where(better, value, before.best_value),
             goal=jnp.where(reached, 0.9 * size, before.goal),
-            tries=jnp.where(failed, 1 - before.run, jnp.where(resumed, 0, before.tries + 1)),
+            due=jnp.maximum(jnp.where(back, before.run, jnp.where(reached | strayed, 0, before.due)) - 1, 0),
             run=jnp.where(
-                failed, jnp.minimum(2 * before.run, _LONGEST), jnp.where(strayed, 0, jnp.where(reached, 1, before.run))
+                back,
+                jnp.minimum(2 * before.run, _LONGEST),
+                jnp.where(strayed, 0, jnp.where(reached, 1, before.run)),
             ),
             settled=before.settled | settles,
             lost=before.lost | going & ~before.extrapolated & ~strayed & ~jnp.isfinite(size),
@@ -158,7 +157,7 @@ class AbstractAccelerated(optx.AbstractFixedPointSolver):
         here = jnp.arange(rows, dtype=jnp.int32) == slot
         put = _in_place(slot) if together else _masked(here)
         learn = going & before.started & ~undone
-        following, memory = self.extrapolate(memory, Step(value, change, size, before, failed, learn, here, put))
+        following, memory = self.extrapolate(memory, Step(value, change, size, before, back, learn, here, put))
         following = jnp.where(progress.extrapolated, following, jnp.where(back, before.value, value))
         following = jnp.where(strayed, progress.best_value, following)
         # A lane that is done stays where it was: further steps would be made of rounding, and might lead anywhere.

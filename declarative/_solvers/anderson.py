@@ -84,4 +84,4 @@ class Anderson(AbstractAccelerated):
         known = jnp.where(step.learn, stay | step.here & new, memory.known)
 
         gamma = jnp.where(known, changes @ g, 0)
-        return step.value - gamma @ values, _Memory(changes, values, known & ~step.failed)
+        return step.value - gamma @ values, _Memory(changes, values, known & ~step.back)

@@ -75,7 +75,7 @@ class Broyden(AbstractAccelerated):
         vs = step.put(memory.vs, row, learnt)
         known = jnp.where(step.learn, stay | step.here & learnt, memory.known)
         following = step.value - jnp.where(known, vs @ g, 0) @ us
-        return following, _Memory(us, vs, known & ~step.failed)
+        return following, _Memory(us, vs, known & ~step.back)
 
     def inverse(self, memory):
         """(u, v) of what was learnt; see (1)."""
