@@ -143,9 +143,9 @@ class ProximalArgmin(AbstractDeclarativeNode):
         return Run(out.value, result, out.stats["num_steps"], rtol=solver_rtol(self.solver), scale=scale)
 
     def _concave(self, y, x):
-        """Whether f + g curves down, beyond rounding, along what the prox makes of one fixed direction; or the prox is none of a minimum.
+        """Whether f + g curves down, beyond rounding, along what the prox makes of one fixed direction.
 
-        With D the Jacobian of the prox and u = Dd, the second derivative of s(f + g) along u is s u.Hu + u.(d - u). That of a prox has d.u >= 0.
+        With D the Jacobian of the prox and u = Dd, the second derivative of s(f + g) along u is s u.Hu + u.(d - u).
         """
         fn, prox, x, y = detach_tree((self.fn, self.prox, x, y))
         vector, unravel = ravel_pytree(y)
@@ -156,9 +156,9 @@ class ProximalArgmin(AbstractDeclarativeNode):
         u = jax.jvp(lambda v: ravel_pytree(prox(unravel(v), x, size))[0], (moved,), (d,))[1]
         bent = size * jax.jvp(gradient, (vector,), (u,))[1]
         # D is about 1 at most, so u is known to about eps.
-        eps, long = float(jnp.finfo(vector.dtype).eps), norm(d) ** 2
-        noise = eps**0.5 * norm(u) * (norm(bent) + norm(d - u)) + 64 * eps * long
-        return (u @ bent + u @ (d - u) < -noise) | (d @ u < -(eps**0.5) * long)
+        eps = float(jnp.finfo(vector.dtype).eps)
+        noise = eps**0.5 * norm(u) * (norm(bent) + norm(d - u)) + 64 * eps * norm(d) ** 2
+        return u @ bent + u @ (d - u) < -noise
 
     def linear_system(self, y, x, factor):
         del factor
